@@ -1,0 +1,251 @@
+"""Examples on disk: an ArrayRecord data set in TensorFlow Datasets' layout.
+
+  DIRECTORY/NAME/1.0.0/dataset_info.json, features.json,
+                       NAME-SPLIT.array_record-00000, ...
+
+Any TFDS program reads it: `tfds.data_source(NAME, data_dir=DIRECTORY,
+split=SPLIT)`; TensorFlow is not needed. The data set is written beside its
+place and renamed when complete, so what can be read is whole.
+"""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from longjax import types
+
+VERSION = '1.0.0'
+
+_INFO_FILE = 'dataset_info.json'
+_MAX_EXAMPLES_PER_SHARD = 10_000
+# The writer rewrites its metadata after every call.
+_EXAMPLES_PER_CALL = 512
+
+
+class Examples(Sequence[types.TaskExample]):
+  """The examples of one split, read from disk one at a time."""
+
+  def __init__(self, source: Any, *, directory: pathlib.Path, split: str):
+    """Wraps a TFDS data source; use `read`."""
+    self._source = source
+    self._directory = directory
+    self._split = split
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  @overload
+  def __getitem__(self, index: int) -> types.TaskExample: ...
+
+  @overload
+  def __getitem__(self, index: slice) -> list[types.TaskExample]: ...
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    if not -len(self) <= index < len(self):
+      raise IndexError(f'example {index} of {len(self)}')
+    index = int(index) % len(self)
+    try:
+      record = self._source[index]
+    except Exception as e:  # ArrayRecord raises types of its own.
+      raise types.UserError(
+          f'{self._directory}: example {index} of split {self._split!r} is '
+          'damaged; delete the directory and write it again.') from e
+    return _from_record(record)
+
+  def __iter__(self) -> Iterator[types.TaskExample]:
+    return (self[i] for i in range(len(self)))
+
+
+def write(
+    directory: str | os.PathLike[str],
+    splits: Mapping[str, Iterable[types.TaskExample]],
+    *,
+    name: str = 'longjax_examples',
+) -> None:
+  """Writes a data set, example by example, then renames it into place.
+
+  Args:
+    directory: what to make; an interrupted attempt beside it is removed.
+    splits: the examples of each split, in order; may be generators.
+    name: of the data set: lower-case letters, digits and underscores.
+
+  Raises:
+    UserError: `directory` exists already, a split is empty, or the disk is
+      full.
+  """
+  path = pathlib.Path(directory)
+  if path.exists():
+    raise types.UserError(
+        f'{path} exists already; delete it to write the data set again.')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.incomplete')
+  shutil.rmtree(temporary, ignore_errors=True)
+  version_directory = temporary / name / VERSION
+  version_directory.mkdir(parents=True)
+  info = tfds.core.DatasetInfo(
+      builder=tfds.core.DatasetIdentity(
+          name=name, version=tfds.core.Version(VERSION),
+          data_dir=str(version_directory), module_name=__name__),
+      features=_features(),
+      description='Verifiable questions over documents.',
+  )
+  writer = tfds.core.SequentialWriter(
+      info, max_examples_per_shard=_MAX_EXAMPLES_PER_SHARD,
+      file_format='array_record')
+  writer.initialize_splits(list(splits))
+  for split, examples in splits.items():
+    records = map(_to_record, examples)
+    num_examples = 0
+    while chunk := list(itertools.islice(records, _EXAMPLES_PER_CALL)):
+      with _reporting_full_disk(path, temporary):
+        writer.add_examples({split: chunk})
+      num_examples += len(chunk)
+    with _reporting_full_disk(path, temporary):
+      writer.close_splits([split])
+    if not num_examples:
+      raise types.UserError(
+          f'split {split!r} of {path} has no examples; leave the split out or '
+          'ask for more examples.')
+  os.rename(temporary, path)
+
+
+@contextlib.contextmanager
+def _reporting_full_disk(
+    path: pathlib.Path, temporary: pathlib.Path) -> Iterator[None]:
+  """Frees what was written and says so in one line."""
+  try:
+    yield
+  except (OSError, RuntimeError) as e:  # ArrayRecord raises RuntimeError.
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise types.UserError(
+        f'{path} cannot be written ({str(e).splitlines()[0]}); make room or '
+        'choose another directory.') from e
+
+
+def is_complete(directory: str | os.PathLike[str]) -> bool:
+  """Whether `write` has finished there."""
+  return bool(_version_directories(pathlib.Path(directory)))
+
+
+def split_names(directory: str | os.PathLike[str]) -> list[str]:
+  """The splits of a data set, sorted.
+
+  Raises:
+    UserError: there is no data set, or it is damaged.
+  """
+  path = pathlib.Path(directory)
+  found = _find(path)
+  try:
+    return sorted(tfds.builder_from_directory(found).info.splits)
+  except Exception as e:  # JSON, protobuf and TFDS raise types of their own.
+    raise types.UserError(
+        f'{path}: its {_INFO_FILE} or features.json is damaged; delete the '
+        'directory and write it again.') from e
+
+
+def read(directory: str | os.PathLike[str], split: str) -> Examples:
+  """Opens a split for random access.
+
+  Raises:
+    UserError: there is no data set, no such split, or it is damaged.
+  """
+  path = pathlib.Path(directory)
+  found = _find(path)
+  names = split_names(path)
+  if split not in names:
+    raise types.UserError(
+        f'{path} has no split {split!r}; it has {", ".join(names)}.')
+  try:
+    source = tfds.data_source(
+        f'{found.parent.name}:{found.name}', data_dir=path, split=split)
+  except Exception as e:  # TFDS and ArrayRecord raise types of their own.
+    raise types.UserError(
+        f'{path}: split {split!r} is damaged; delete the directory and write '
+        'it again.') from e
+  return Examples(source, directory=path, split=split)
+
+
+def _version_directories(path: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(p.parent for p in path.glob(f'*/*/{_INFO_FILE}'))
+
+
+def _find(path: pathlib.Path) -> pathlib.Path:
+  """The one data set under a directory."""
+  found = _version_directories(path)
+  if len(found) != 1:
+    raise types.UserError(
+        f'{path} holds {len(found) or "no"} data sets; give a directory '
+        'written by a synth job.')
+  return found[0]
+
+
+def _features() -> tfds.features.FeaturesDict:
+  text = tfds.features.Text()
+  integer = tfds.features.Scalar(np.int64)
+  return tfds.features.FeaturesDict({
+      'id': text,
+      'task': text,
+      'kind': text,
+      'documents': tfds.features.Sequence({'title': text, 'text': text}),
+      'question': text,
+      'instruction': text,
+      'answers': tfds.features.Sequence(text),
+      'evidence': tfds.features.Sequence(
+          {'document': integer, 'start': integer, 'end': integer}),
+      'reasoning': text,
+      'hops': integer,
+      'meta': tfds.features.Sequence({'key': text, 'value': text}),
+  })
+
+
+def _to_record(example: types.TaskExample) -> dict[str, Any]:
+  return {
+      'id': example.id,
+      'task': example.task,
+      'kind': example.kind,
+      'documents': [
+          {'title': d.title, 'text': d.text} for d in example.documents],
+      'question': example.question,
+      'instruction': example.instruction,
+      'answers': list(example.answers),
+      'evidence': [
+          {'document': s.document, 'start': s.start, 'end': s.end}
+          for s in example.evidence],
+      'reasoning': example.reasoning,
+      'hops': example.hops,
+      'meta': [{'key': k, 'value': v} for k, v in example.meta.items()],
+  }
+
+
+def _from_record(record: Mapping[str, Any]) -> types.TaskExample:
+  def strings(values) -> list[str]:
+    return [bytes(v).decode() for v in values]
+
+  documents, evidence, meta = (
+      record[k] for k in ('documents', 'evidence', 'meta'))
+  return types.TaskExample(
+      **{k: bytes(record[k]).decode() for k in (
+          'id', 'task', 'kind', 'question', 'instruction', 'reasoning')},
+      documents=tuple(
+          types.Document(title=title, text=text) for title, text in zip(
+              strings(documents['title']), strings(documents['text']),
+              strict=True)),
+      answers=tuple(strings(record['answers'])),
+      evidence=tuple(
+          types.Span(document=int(d), start=int(s), end=int(e))
+          for d, s, e in zip(
+              evidence['document'], evidence['start'], evidence['end'],
+              strict=True)),
+      hops=int(record['hops']),
+      meta=dict(zip(
+          strings(meta['key']), strings(meta['value']), strict=True)),
+  )
