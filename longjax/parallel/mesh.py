@@ -1,0 +1,84 @@
+"""The only place that builds a device mesh.
+
+Axes, outermost first; a logical axis reaches them through `parallel.rules`:
+
+  data    rows, parameters replicated
+  fsdp    rows, parameters sharded
+  seq     token positions
+  tensor  heads, ffn channels, vocabulary
+  expert  experts of a mixture
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from longjax import types
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 (at most once) takes the rest."""
+
+  data: int = -1
+  fsdp: int = 1
+  seq: int = 1
+  tensor: int = 1
+  expert: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.asdict(self)
+    for name, size in sizes.items():
+      if size != -1 and size < 1:
+        raise types.UserError(
+            f'mesh.{name}={size} must be >= 1, or -1 for the rest.')
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+      raise types.UserError(
+          f'mesh axes {" and ".join(rest)} are both -1; only one axis can '
+          'take the rest of the devices.')
+
+
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+
+
+def make(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Builds the mesh.
+
+  Args:
+    config: devices along each axis.
+    devices: what to lay out; None means all devices of all processes.
+
+  Returns:
+    A mesh over exactly these devices with all five axes, also those of size
+    1. Axis types are Auto: the default of recent jax, Explicit, raises where a
+    sharded dimension is contracted.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  num_devices = len(jax.devices() if devices is None else devices)
+  sizes = dataclasses.asdict(config)
+  wanted = ', '.join(f'{name}={size}' for name, size in sizes.items())
+  known = math.prod(size for size in sizes.values() if size != -1)
+  rest, remainder = divmod(num_devices, known)
+  if remainder or rest == 0:
+    raise types.UserError(
+        f'mesh ({wanted}) needs a multiple of {known} devices but there are '
+        f'{num_devices}; change the sizes or set one of them to -1.')
+  if -1 not in sizes.values() and rest != 1:
+    raise types.UserError(
+        f'mesh ({wanted}) uses {known} of {num_devices} devices; the sizes '
+        f'must multiply to {num_devices}, or set one of them to -1.')
+  shape = tuple(rest if size == -1 else size for size in sizes.values())
+  axis_types = (AxisType.Auto,) * len(AXES)
+  if devices is None:
+    return jax.make_mesh(shape, AXES, axis_types=axis_types)
+  grid = np.asarray(devices).reshape(shape)
+  return Mesh(grid, AXES, axis_types=axis_types)
