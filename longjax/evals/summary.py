@@ -1,0 +1,72 @@
+"""The before/after table for a terminal or a log file.
+
+  held-out reward      | base | sft               | rl                | rl - sft
+  mean over task types | 0.03 | 0.35 [0.31, 0.39] | 0.56 [0.52, 0.60] | +0.21 ...
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import rich.box
+import rich.console
+import rich.table
+
+from longjax.evals import bootstrap, curves, runner, scores, tables
+
+# Enough for five evaluations; a log file has no edge.
+_LOG_WIDTH = 160
+
+
+def show(workdir: str | os.PathLike[str], stream: TextIO) -> None:
+  """Writes the scores of all evaluations of a run; nothing if there are none.
+
+  Args:
+    workdir: of the run.
+    stream: colours and lines on a terminal, plain text elsewhere.
+  """
+  evaluations = [e for e in runner.load(workdir) if e['records']]
+  if not evaluations:
+    return
+  is_terminal = stream.isatty()
+  table = rich.table.Table(
+      box=rich.box.ROUNDED if is_terminal else rich.box.ASCII2)
+  table.add_column('held-out reward')
+  for evaluation in evaluations:
+    table.add_column(tables.label(evaluation['name']), no_wrap=True)
+  if len(evaluations) > 1:
+    last, before = (tables.label(e['name']) for e in evaluations[:-3:-1])
+    table.add_column(f'{last} - {before}', no_wrap=True)
+    pair = [tables.records(e) for e in evaluations[-2:]]
+  else:
+    pair = []
+  tasks = sorted(
+      {t for e in evaluations for t in e['by_task']}, key=curves.task_order)
+  for task in [None, *tasks]:
+    cells = [
+        _cell(e['overall'] if task is None else e['by_task'].get(task))
+        for e in evaluations]
+    if pair:
+      cells.append(_gain(scores.gain(*pair, task=task)))
+    table.add_row(
+        task or 'mean over task types', *cells, end_section=task is None)
+  console = rich.console.Console(
+      file=stream, width=None if is_terminal else _LOG_WIDTH, highlight=False,
+      markup=False)
+  console.print(table)
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+  if cell is None:
+    return '-'
+  interval = ''
+  if cell['low'] is not None and cell['high'] is not None:
+    interval = f' [{cell["low"]:.2f}, {cell["high"]:.2f}]'
+  return f'{cell["reward"]:.2f}{interval}'
+
+
+def _gain(gain: bootstrap.Interval) -> str:
+  interval = ''
+  if gain.low is not None and gain.high is not None:
+    interval = f' [{gain.low:+.2f}, {gain.high:+.2f}]'
+  return f'{gain.mean:+.2f}{interval}'
