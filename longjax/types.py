@@ -106,6 +106,7 @@ class Rollouts:
     logprobs: f32[P, G, R] log-probability (nats) of each token under the
       tempered distribution *before* nucleus truncation; 0 past the end.
     entropy: f32[P, G, R] entropy (nats) of that distribution; 0 past the end.
+    entropy_t1: f32[P, G, R] the same at temperature 1.
     is_finished: bool[P, G] True if the response ended with a stop token.
   """
 
@@ -113,6 +114,7 @@ class Rollouts:
   lengths: jax.Array
   logprobs: jax.Array
   entropy: jax.Array
+  entropy_t1: jax.Array
   is_finished: jax.Array
 
 

@@ -10,6 +10,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join([
     os.environ.get('XLA_FLAGS', ''),
     '--xla_force_host_platform_device_count=8',
+    # Most of the time would go into optimising programs that run once.
+    '--xla_backend_optimization_level=0',
 ]).strip()
 
 import jax
