@@ -14,7 +14,7 @@ def test_the_three_spaces_share_no_name():
   assert not spaces[0] & spaces[1]
   assert not spaces[0] & spaces[2]
   assert not spaces[1] & spaces[2]
-  assert all(len(space) > 1500 for space in spaces)
+  assert all(len(space) > 200 for space in spaces)
   assert all(re.fullmatch('[A-Z][a-z]{5,6}', name)
              for space in spaces for name in space)
 
