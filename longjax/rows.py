@@ -106,7 +106,8 @@ class Branch:
   def __post_init__(self):
     # Its head would stand in the row without being counted in `num_tokens`.
     if not len(self.response):
-      raise ValueError(f'the response of trajectory {self.trajectory} is empty.')
+      raise ValueError(
+          f'the response of trajectory {self.trajectory} is empty.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -82,8 +82,8 @@ class Plan:
 @functools.partial(
     jax.jit,
     static_argnames=(
-        'num_groups', 'num_stats', 'advantage_config', 'aepo_config',
-        'clip_config', 'loss_norm'))
+        'num_groups', 'num_stats', 'num_minibatches', 'advantage_config',
+        'aepo_config', 'clip_config', 'loss_norm'))
 def plan(
     aepo: entropy_control.AepoState,
     *,
@@ -95,6 +95,7 @@ def plan(
     entropy_t1: jax.Array,  # f32[N, R]
     num_groups: int,
     num_stats: int,
+    num_minibatches: int = 1,
     advantage_config: advantage.AdvantageConfig,
     aepo_config: entropy_control.AepoConfig,
     clip_config: clipping.NegativeClipConfig,
@@ -112,6 +113,8 @@ def plan(
     entropy_t1: the same at temperature 1, only logged.
     num_groups: P.
     num_stats: bound of `stat_ids`.
+    num_minibatches: optimizer batches, consecutive prompts each; divides P.
+      Advantages and AEPO look at all of them, denominators at one.
     advantage_config: see there.
     aepo_config: see there.
     clip_config: see there.
@@ -139,9 +142,12 @@ def plan(
       entropy, mask, output.advantages, method=clip_config.method,
       token_fraction=clip_config.token_fraction,
       seq_fraction=clip_config.seq_fraction)
-  weights = loss.response_weights(
-      lengths, group_ids, keep, loss_norm=loss_norm, num_groups=num_groups,
+  weigh = functools.partial(
+      loss.response_weights, loss_norm=loss_norm, num_groups=num_groups,
       max_response_len=dims.R, aepo_norm=aepo_config.aepo_norm)
+  weights = jax.vmap(weigh)(*(
+      x.reshape(num_minibatches, -1)
+      for x in (lengths, group_ids, keep))).reshape(-1)
 
   low, high = entropy_control.thresholds(aepo, aepo_config)
   balance = diagnostics.balance(output.advantages, keep, lengths)

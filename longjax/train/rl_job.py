@@ -1,0 +1,402 @@
+"""Reinforcement learning: sample, grade, decide, update.
+
+  prompts   --rollout.engine-->  rollouts    G responses each, prefilled once
+  rollouts  --reward.hybrid-->   rewards     f32[N]
+  rows      --score-->           old log-probabilities, entropies
+  all       --rl.batch.plan-->   advantages, AEPO decision, token weights
+  rows      --update-->          a better policy
+
+Shapes: P prompts, G rollouts per prompt, N = P * G responses, R response
+tokens, B rows, T positions.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longjax import rows, types
+from longjax.data import dataset, prompts, task_balance
+from longjax.rl import advantage as advantage_lib
+from longjax.rl import batch, clipping, entropy_control
+from longjax.rl import loss as loss_lib
+from longjax.rollout import decode, engine
+from longjax.train import metrics as metrics_lib
+from longjax.train import optimizer as optimizer_lib
+from longjax.train import progress, run_state
+from longjax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlStage:
+  """One stage of reinforcement learning; defaults follow the recipe, Sec. 12.
+
+  Attributes:
+    job: marks the kind of stage.
+    steps: batches of rollouts.
+    split: of the data set, where prompts come from.
+    num_prompts: P, balanced over tasks.
+    num_samples: G.
+    max_prompt_len: cap on prompts in tokens (L_in).
+    sampler: temperature, nucleus and the cap on responses (L_out).
+    row_len: T of the update; at least a prompt and its G longest responses.
+    row_multiple: rows are rounded up to a multiple of this.
+    num_minibatches: updates per batch; more than 1 is off policy.
+    num_epochs: passes over the batch; more than 1 is off policy.
+    num_microbatches: parts an update is split into.
+    optimizer: see there.
+    advantage: see there.
+    aepo: see there.
+    clip: clipping of negative gradients, see there.
+    loss: see there.
+    entropy_source: 'trainer_forward' scores the rows once before the update,
+      which also gives old log-probabilities; 'sampler' trusts what the sampler
+      returned and saves that pass.
+    shuffle_rewards: a control: rewards are permuted over the batch, so that
+      they carry no signal.
+    rollouts_every: steps between prompts whose responses are kept to read.
+  """
+
+  job: Literal['rl'] = 'rl'
+  steps: int
+  split: str = 'rl'
+  num_prompts: int = 128
+  num_samples: int = 8
+  max_prompt_len: int
+  sampler: decode.SamplerConfig
+  row_len: int
+  row_multiple: int = 1
+  num_minibatches: int = 1
+  num_epochs: int = 1
+  num_microbatches: int = 1
+  optimizer: optimizer_lib.OptimizerConfig
+  advantage: advantage_lib.AdvantageConfig = advantage_lib.AdvantageConfig()
+  aepo: entropy_control.AepoConfig = entropy_control.AepoConfig()
+  clip: clipping.NegativeClipConfig = clipping.NegativeClipConfig()
+  loss: loss_lib.LossConfig = loss_lib.LossConfig()
+  entropy_source: Literal['trainer_forward', 'sampler'] = 'trainer_forward'
+  shuffle_rewards: bool = False
+  rollouts_every: int = 10
+
+  def __post_init__(self):
+    for name in ('steps', 'num_prompts', 'max_prompt_len', 'row_len',
+                 'row_multiple', 'num_minibatches', 'num_epochs',
+                 'num_microbatches', 'rollouts_every'):
+      if getattr(self, name) < 1:
+        raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 1.')
+    advantage_lib.check_group_size(self.num_samples)
+    if self.num_prompts % self.num_minibatches:
+      raise types.UserError(
+          f'rl.num_prompts={self.num_prompts} is not a multiple of '
+          f'rl.num_minibatches={self.num_minibatches}.')
+    if self.row_multiple % self.num_microbatches:
+      raise types.UserError(
+          f'rl.row_multiple={self.row_multiple} is not a multiple of '
+          f'rl.num_microbatches={self.num_microbatches}.')
+    longest = (self.max_prompt_len
+               + self.num_samples * self.sampler.max_response_len)
+    if self.row_len < longest:
+      raise types.UserError(
+          f'rl.row_len={self.row_len} cannot hold a prompt of '
+          f'max_prompt_len={self.max_prompt_len} and num_samples='
+          f'{self.num_samples} responses of {self.sampler.max_response_len} '
+          f'tokens; use at least {longest}.')
+    if self.sampler.temperature == 0.0:
+      raise types.UserError(
+          'rl.sampler.temperature=0 samples G equal responses; use e.g. 1.0.')
+    is_off_policy = self.num_minibatches > 1 or self.num_epochs > 1
+    if is_off_policy and self.loss.objective == 'on_policy':
+      raise types.UserError(
+          f'rl.num_minibatches={self.num_minibatches} and rl.num_epochs='
+          f'{self.num_epochs} make later updates off policy; set '
+          "rl.loss.objective='off_policy'.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Graded:
+  """Rollouts and their grades, on the host."""
+
+  prompts: Sequence[types.Prompt]
+  rollouts: types.Rollouts  # NumPy, [P, G, R]
+  texts: list[str]  # N
+  scores: list[types.Score]  # N
+  rewards: np.ndarray  # f32[N], what is trained on.
+
+
+Score = Callable[..., types.Score]
+
+
+def check(stage: RlStage, context: run_state.Context) -> None:
+  """Refuses batches that do not divide over the mesh."""
+  shards = context.rules.size('batch')
+  for name in ('num_prompts', 'row_multiple'):
+    if getattr(stage, name) % shards:
+      raise types.UserError(
+          f'rl.{name}={getattr(stage, name)} does not divide over the '
+          f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
+          f'use a multiple of {shards}.')
+
+
+def loss(
+    params: types.Params,
+    packed: rows.Rows,
+    extras: Mapping[str, jax.Array],
+    *,
+    stage: RlStage,
+    context: run_state.Context,
+):
+  """The policy-gradient loss of some rows; see `step.Loss`.
+
+  `extras` holds arrays by response: advantages f32[N], token_weights,
+  sampler_logprobs and, off policy, old_logprobs f32[N, R].
+  """
+  scores = step_lib.token_scores(
+      params, packed, config=context.model,
+      temperature=stage.sampler.temperature, rules=context.rules,
+      backend=context.backend, remat=context.remat)
+
+  def of_token(values):  # f32[N, R] -> f32[B, T]
+    return values[packed.trajectory, packed.response_index]
+
+  old_logprobs = extras.get('old_logprobs')
+  output = loss_lib.policy_gradient_loss(
+      logprobs=scores.logprobs,
+      old_logprobs=None if old_logprobs is None else of_token(old_logprobs),
+      sampler_logprobs=of_token(extras['sampler_logprobs']),
+      advantages=extras['advantages'][packed.trajectory],
+      weights=of_token(extras['token_weights']),
+      loss_mask=packed.loss_mask,
+      objective=stage.loss.objective, eps_low=stage.loss.eps_low,
+      eps_high=stage.loss.eps_high, dual_clip=stage.loss.dual_clip,
+      tis_cap=stage.loss.tis_cap)
+  return output.loss, output.metrics
+
+
+class RlJob:
+  """The compiled programs and data of one stage; `step` is the recipe."""
+
+  def __init__(
+      self,
+      context: run_state.Context,
+      stage: RlStage,
+      *,
+      examples: dataset.Examples,
+      score: Score,
+  ):
+    """Prepares a stage.
+
+    Args:
+      context: of the run.
+      stage: its configuration.
+      examples: what prompts are made of.
+      score: grades (example, response text, is_finished=) -> Score.
+    """
+    check(stage, context)
+    self._context = context
+    self._stage = stage
+    self._score_response = score
+    self._examples = examples
+    self._tasks = sorted({example.task for example in examples})
+    self._balance = task_balance.TaskBalancedSampler(
+        [example.task for example in examples],
+        batch_size=stage.num_prompts, seed=context.seed)
+    self.engine = engine.Engine(
+        model=context.model, sampler=stage.sampler,
+        engine=engine.EngineConfig(
+            prompt_buckets=(stage.max_prompt_len,),
+            prompts_per_batch=stage.num_prompts),
+        stop_ids=(context.tokenizer.stop_id,), rules=context.rules,
+        backend=context.backend)
+
+    def stage_loss(params, packed, extras):
+      return loss(params, packed, extras, stage=stage, context=context)
+
+    self._update = step_lib.make_update(
+        stage_loss,
+        optimizer_lib.make(
+            stage.optimizer, num_steps=(
+                stage.steps * stage.num_minibatches * stage.num_epochs)),
+        config=context.model, rules=context.rules,
+        num_microbatches=stage.num_microbatches)
+    self._score_rows = step_lib.make_score(
+        config=context.model, temperature=stage.sampler.temperature,
+        rules=context.rules, backend=context.backend)
+
+  def step(
+      self, state: run_state.RunState, stage_step: int, global_step: int
+  ) -> run_state.StepResult:
+    """One batch: rollouts, grades, the AEPO decision, the update(s)."""
+    stage, context = self._stage, self._context
+    graded = self.rollout(state.train.params, stage_step)
+    entropy, entropy_t1, old_logprobs = self._measure(
+        state.train.params, graded)
+    plan = self.plan(state.aepo, graded, entropy, entropy_t1)
+    extras = {
+        'advantages': plan.advantages,
+        'token_weights': plan.token_weights,
+        'sampler_logprobs': _by_response(graded.rollouts.logprobs),
+    }
+    if stage.loss.objective == 'off_policy':
+      extras['old_logprobs'] = old_logprobs
+
+    train, num_tokens, num_places = state.train, 0, 0
+    values: dict[str, Any] = {}
+    for packed in self._minibatches(graded):
+      train, values = self._update(
+          train, step_lib.put_rows(packed, context.rules), extras,
+          plan.is_applied)
+      num_tokens += int((packed.meta.group >= 0).sum())
+      num_places += packed.tokens.size
+    if stage_step % stage.rollouts_every == 0 or stage_step == stage.steps - 1:
+      self._write_rollouts(graded, plan, global_step, stage_step)
+    entropy_control.check_baseline(plan.aepo, stage.aepo)
+    return run_state.StepResult(
+        state=run_state.RunState(train=train, aepo=plan.aepo),
+        values=(plan.metrics | values | self._reward_metrics(graded)
+                | {'padding': 1.0 - num_tokens / num_places}),
+        num_tokens=num_tokens)
+
+  def rollout(self, params: types.Params, stage_step: int) -> Graded:
+    """Samples and grades the responses of a step."""
+    stage, context = self._stage, self._context
+    chosen = [
+        prompts.to_prompt(
+            self._examples[int(i)], context.tokenizer,
+            max_len=stage.max_prompt_len)
+        for i in self._balance.batch(stage_step)]
+    key = jax.random.fold_in(context.key('rollout'), stage_step)
+    rollouts = self.engine.sample(
+        params, chosen, key, num_samples=stage.num_samples)
+    texts, scores = [], []
+    for p, g in np.ndindex(*rollouts.lengths.shape):
+      text = engine.response_text(context.tokenizer, rollouts, p, g)
+      texts.append(text)
+      scores.append(self._score_response(
+          chosen[p].example, text,
+          is_finished=bool(rollouts.is_finished[p, g])))
+    rewards = np.asarray([s.reward for s in scores], np.float32)
+    if stage.shuffle_rewards:
+      rng = np.random.default_rng((context.seed, stage_step))
+      rewards = rng.permutation(rewards)
+    return Graded(prompts=chosen, rollouts=rollouts, texts=texts,
+                  scores=scores, rewards=rewards)
+
+  def plan(
+      self,
+      aepo: entropy_control.AepoState,
+      graded: Graded,
+      entropy: np.ndarray,  # f32[N, R]
+      entropy_t1: np.ndarray,  # f32[N, R]
+  ) -> batch.Plan:
+    """Advantages, the AEPO decision and token weights of a batch."""
+    stage = self._stage
+    num_prompts, num_samples = graded.rollouts.lengths.shape
+    stat_ids = [self._tasks.index(p.example.task) for p in graded.prompts]
+    return batch.plan(
+        aepo,
+        rewards=jnp.asarray(graded.rewards),
+        lengths=jnp.asarray(graded.rollouts.lengths.reshape(-1)),
+        group_ids=jnp.repeat(jnp.arange(num_prompts), num_samples),
+        stat_ids=jnp.repeat(jnp.asarray(stat_ids), num_samples),
+        entropy=jnp.asarray(entropy), entropy_t1=jnp.asarray(entropy_t1),
+        num_groups=num_prompts, num_stats=len(self._tasks),
+        num_minibatches=stage.num_minibatches,
+        advantage_config=stage.advantage, aepo_config=stage.aepo,
+        clip_config=stage.clip, loss_norm=stage.loss.loss_norm)
+
+  def _measure(
+      self, params: types.Params, graded: Graded
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entropies (at the temperature, at 1) and log-probabilities, [N, R]."""
+    rollouts = graded.rollouts
+    if self._stage.entropy_source == 'sampler':
+      return (_by_response(rollouts.entropy),
+              _by_response(rollouts.entropy_t1),
+              _by_response(rollouts.logprobs))
+    packed = self._pack(graded, 0, len(graded.prompts))
+    scores = jax.device_get(self._score_rows(
+        params, step_lib.put_rows(packed, self._context.rules)))
+    num_responses, max_len = rollouts.lengths.size, rollouts.tokens.shape[2]
+
+    def by_response(values):
+      return batch.unpack(
+          values, packed, num_responses=num_responses,
+          max_response_len=max_len)
+
+    return (by_response(scores.entropy), by_response(scores.entropy_t1),
+            by_response(scores.logprobs))
+
+  def _minibatches(self, graded: Graded):
+    """Rows of each update of the batch, in order."""
+    size = len(graded.prompts) // self._stage.num_minibatches
+    for _ in range(self._stage.num_epochs):
+      for start in range(0, len(graded.prompts), size):
+        yield self._pack(graded, start, start + size)
+
+  def _pack(self, graded: Graded, start: int, end: int) -> rows.Rows:
+    part = jax.tree.map(lambda x: x[start:end], graded.rollouts)
+    return batch.pack(
+        graded.prompts[start:end], part, row_len=self._stage.row_len,
+        row_multiple=self._stage.row_multiple,
+        first_trajectory=start * self._stage.num_samples)
+
+  def _reward_metrics(self, graded: Graded) -> dict[str, float]:
+    """Mean reward by task, and how responses ended."""
+    rewards = np.asarray([s.reward for s in graded.scores])
+    num_samples = graded.rollouts.lengths.shape[1]
+    tasks = np.repeat([p.example.task for p in graded.prompts], num_samples)
+    by_task = {f'reward/{t}': rewards[tasks == t].mean()
+               for t in self._tasks if (tasks == t).any()}
+    return by_task | {
+        'reward/mean': np.mean(list(by_task.values())),
+        'length/truncated': 1.0 - graded.rollouts.is_finished.mean(),
+    }
+
+  def _write_rollouts(
+      self, graded: Graded, plan: batch.Plan, global_step: int,
+      stage_step: int,
+  ) -> None:
+    """Keeps all responses to one prompt, tasks taking turns."""
+    turn = stage_step // self._stage.rollouts_every
+    task = self._tasks[turn % len(self._tasks)]
+    p = next(i for i, prompt in enumerate(graded.prompts)
+             if prompt.example.task == task)
+    num_samples = graded.rollouts.lengths.shape[1]
+    advantages, keep = jax.device_get((plan.advantages, plan.keep))
+    samples = []
+    for g in range(num_samples):
+      i, length = p * num_samples + g, graded.rollouts.lengths[p, g]
+      samples.append(metrics_lib.Sample(
+          text=graded.texts[i], score=graded.scores[i],
+          advantage=float(advantages[i]), length=int(length),
+          entropy=float(graded.rollouts.entropy[p, g].sum() / length),
+          is_finished=bool(graded.rollouts.is_finished[p, g]),
+          is_kept=bool(keep[i])))
+    prompt = graded.prompts[p]
+    self._context.rollouts.write(
+        global_step, 'rl', prompt.example, samples,
+        prompt_text=self._context.tokenizer.decode(prompt.tokens))
+
+
+def _by_response(values: jax.Array) -> np.ndarray:
+  """[P, G, R] -> [N, R]."""
+  return np.asarray(values).reshape(-1, values.shape[-1])
+
+
+def run(
+    context: run_state.Context,
+    stage: RlStage,
+    state: run_state.RunState,
+    place: run_state.Place,
+    *,
+    examples: dataset.Examples,
+    score: Score,
+) -> tuple[run_state.RunState, run_state.Place]:
+  """Trains one stage of reinforcement learning; see `run_state.run_stage`."""
+  job = RlJob(context, stage, examples=examples, score=score)
+  return run_state.run_stage(
+      context, state, place, num_steps=stage.steps, step=job.step,
+      data_state=lambda: None, line=progress.rl_line)

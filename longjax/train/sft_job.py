@@ -1,0 +1,202 @@
+"""Supervised stages: pretraining on synthetic streams, and SFT.
+
+Both minimise the cross-entropy of `targets` where `loss_mask` is True; they
+differ by the stream of groups they read.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import grain
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from longjax import reductions, rows, types
+from longjax.data import dataset, packing, pipeline
+from longjax.rl import loss as loss_lib
+from longjax.synthesis import pretraining
+from longjax.train import optimizer as optimizer_lib
+from longjax.train import progress, run_state
+from longjax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+  """What pretraining and SFT share.
+
+  Attributes:
+    steps: optimizer steps.
+    num_rows: B, rows of a batch.
+    row_len: T, tokens of a row.
+    num_microbatches: parts a batch is split into.
+    optimizer: see there.
+  """
+
+  steps: int
+  num_rows: int
+  row_len: int
+  num_microbatches: int = 1
+  optimizer: optimizer_lib.OptimizerConfig
+
+  def __post_init__(self):
+    for name in ('steps', 'num_rows', 'row_len', 'num_microbatches'):
+      if getattr(self, name) < 1:
+        raise types.UserError(f'{name}={getattr(self, name)} must be >= 1.')
+    if self.num_rows % self.num_microbatches:
+      raise types.UserError(
+          f'num_rows={self.num_rows} is not a multiple of '
+          f'num_microbatches={self.num_microbatches}.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainStage(SupervisedConfig):
+  """Pretraining on text made by `synthesis.pretraining`.
+
+  Attributes:
+    job: marks the kind of stage.
+    text: what is read.
+  """
+
+  job: Literal['pretrain'] = 'pretrain'
+  text: pretraining.PretrainingConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftStage(SupervisedConfig):
+  """Fine-tuning on demonstrations of the data set's split `split`.
+
+  Attributes:
+    job: marks the kind of stage.
+    split: of the data set.
+    reasoning_fraction: share of demonstrations that think before answering.
+    lookahead: see `pipeline.SftDataConfig`.
+  """
+
+  job: Literal['sft'] = 'sft'
+  split: str = 'sft'
+  reasoning_fraction: float = 1.0
+  lookahead: int = 16
+
+
+@struct.dataclass
+class SupervisedMetrics:
+  """Mean entropy of the trained tokens' distributions, nats."""
+
+  entropy: reductions.Average
+
+  def __add__(self, other: 'SupervisedMetrics') -> 'SupervisedMetrics':
+    return SupervisedMetrics(entropy=self.entropy + other.entropy)
+
+  def summary(self) -> dict[str, jax.Array]:  # f32[] each
+    """Means by name."""
+    return {'entropy': self.entropy.mean()}
+
+
+def loss(
+    params: types.Params,
+    batch: rows.Rows,
+    extras: Mapping[str, jax.Array],
+    *,
+    context: run_state.Context,
+):
+  """Cross-entropy over the batch's one token count; see `step.Loss`."""
+  scores = step_lib.token_scores(
+      params, batch, config=context.model, temperature=1.0,
+      rules=context.rules, backend=context.backend, remat=context.remat)
+  nll = loss_lib.cross_entropy(
+      logprobs=scores.logprobs, loss_mask=batch.loss_mask)
+  metrics = SupervisedMetrics(
+      entropy=reductions.average(scores.entropy, batch.loss_mask))
+  return nll.total / extras['num_tokens'], metrics
+
+
+def check(stage: SupervisedConfig, context: run_state.Context) -> None:
+  """Refuses batches that do not divide over the mesh."""
+  rows_at_once = stage.num_rows // stage.num_microbatches
+  shards = context.rules.size('batch')
+  if rows_at_once % shards:
+    raise types.UserError(
+        f'num_rows={stage.num_rows} / num_microbatches='
+        f'{stage.num_microbatches} = {rows_at_once} rows do not divide over '
+        f'the {shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
+        f'use a multiple of {shards}.')
+
+
+def batches(
+    stage: PretrainStage | SftStage,
+    context: run_state.Context,
+    examples: dataset.Examples | None,
+) -> grain.IterDataset:
+  """The stage's endless stream of rows."""
+  if isinstance(stage, PretrainStage):
+    return packing.pack_groups(
+        pretraining.groups(
+            context.tokenizer, config=stage.text, row_len=stage.row_len,
+            seed=context.seed),
+        num_rows=stage.num_rows, row_len=stage.row_len)
+  assert examples is not None
+  return pipeline.sft_batches(
+      examples, context.tokenizer,
+      config=pipeline.SftDataConfig(
+          num_rows=stage.num_rows, row_len=stage.row_len,
+          reasoning_fraction=stage.reasoning_fraction,
+          lookahead=stage.lookahead, seed=context.seed))
+
+
+def run(
+    context: run_state.Context,
+    stage: PretrainStage | SftStage,
+    state: run_state.RunState,
+    place: run_state.Place,
+    *,
+    examples: dataset.Examples | None,
+) -> tuple[run_state.RunState, run_state.Place]:
+  """Trains one supervised stage.
+
+  Args:
+    context: of the run.
+    stage: its configuration.
+    state: where to begin.
+    place: where that is.
+    examples: the demonstrations; None for pretraining.
+
+  Returns:
+    State and place at its end.
+  """
+  check(stage, context)
+
+  def stage_loss(params, batch, extras):
+    return loss(params, batch, extras, context=context)
+
+  update = step_lib.make_update(
+      stage_loss,
+      optimizer_lib.make(stage.optimizer, num_steps=stage.steps),
+      config=context.model, rules=context.rules,
+      num_microbatches=stage.num_microbatches)
+  # Makes the next batch while this one is computed; its state is that of the
+  # batches handed out.
+  iterator = iter(grain.experimental.ThreadPrefetchIterDataset(
+      batches(stage, context, examples), prefetch_buffer_size=1))
+  if place.data is not None:
+    iterator.set_state(place.data)
+
+  def step(state, stage_step, global_step):
+    del stage_step, global_step
+    batch = next(iterator)
+    num_tokens = int((batch.meta.group >= 0).sum())
+    extras = {'num_tokens': jnp.float32(max(batch.loss_mask.sum(), 1))}
+    train, values = update(
+        state.train, step_lib.put_rows(batch, context.rules), extras, True)
+    padding = 1.0 - num_tokens / batch.tokens.size
+    return run_state.StepResult(
+        state=state.replace(train=train), num_tokens=num_tokens,
+        values=values | {'padding': padding})
+
+  with contextlib.closing(iterator):
+    return run_state.run_stage(
+        context, state, place, num_steps=stage.steps, step=step,
+        data_state=iterator.get_state, line=progress.sft_line,
+        num_in_flight=1)

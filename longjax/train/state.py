@@ -1,0 +1,92 @@
+"""The part of a run that lives on devices, and where it lives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from longjax import types
+from longjax.model import architecture, transformer
+from longjax.parallel import rules as rules_lib
+
+
+@struct.dataclass
+class TrainState:
+  """What an optimizer step reads and writes.
+
+  Attributes:
+    params: the policy, float32.
+    opt_state: optimizer moments.
+    step: i32[] steps attempted in this stage, skipped ones included.
+    num_skipped: i32[] steps skipped in this stage for a non-finite loss.
+    skipped_in_a_row: i32[] the current run of them.
+  """
+
+  params: types.Params
+  opt_state: Any
+  step: jax.Array
+  num_skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+
+def param_shardings(
+    config: architecture.ModelConfig, rules: rules_lib.Rules
+) -> types.Params:
+  """Sharding of every parameter; raises UserError where one cannot split."""
+  return rules.tree_shardings(
+      transformer.parameter_axes(config), transformer.abstract(config))
+
+
+def shardings(
+    config: architecture.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    rules: rules_lib.Rules,
+) -> TrainState:
+  """Shardings of a whole `TrainState`; moments lie with their parameters."""
+  params = param_shardings(config, rules)
+  abstract_opt = jax.eval_shape(optimizer.init, transformer.abstract(config))
+  replicated = rules.sharding()
+  opt_state = optax.tree_utils.tree_map_params(
+      optimizer, lambda _, sharding: sharding, abstract_opt, params,
+      transform_non_params=lambda _: replicated)
+  return TrainState(
+      params=params, opt_state=opt_state, step=replicated,
+      num_skipped=replicated, skipped_in_a_row=replicated)
+
+
+def create(
+    params: types.Params,
+    config: architecture.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    rules: rules_lib.Rules,
+) -> TrainState:
+  """The state at the start of a stage: fresh moments and counters."""
+  where = shardings(config, optimizer, rules)
+
+  def fresh(params):
+    # Distinct buffers: the update donates every one of them.
+    return TrainState(
+        params=params, opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32), num_skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32))
+
+  params = jax.device_put(params, where.params)
+  return jax.jit(fresh, out_shardings=where)(params)
+
+
+def abstract(
+    config: architecture.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    rules: rules_lib.Rules,
+) -> TrainState:
+  """Shapes, dtypes and shardings: what a checkpoint is restored into."""
+  params = transformer.abstract(config)
+  scalar = jax.ShapeDtypeStruct((), jnp.int32)
+  shapes = TrainState(
+      params=params, opt_state=jax.eval_shape(optimizer.init, params),
+      step=scalar, num_skipped=scalar, skipped_in_a_row=scalar)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes, shardings(config, optimizer, rules))

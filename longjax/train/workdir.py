@@ -1,0 +1,146 @@
+"""Whose a work directory is, and the facts about its run.
+
+  config.json  the resolved configuration; a run of another one is refused
+  run.json     device, versions, command, seconds by stage, time it finished
+  compiled/    programs, so that a restart need not compile them again
+"""
+
+import contextlib
+import json
+import pathlib
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from longjax import config as config_lib
+from longjax import types
+from longjax.data import records
+from longjax.parallel import multihost
+from longjax.train import run_state
+
+CONFIG_FILE = 'config.json'
+FACTS_FILE = 'run.json'
+COMPILED_FOLDER = 'compiled'
+
+_PACKAGES = ('jax', 'jaxlib', 'longjax')
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes config.json, or refuses the work directory of another config.
+
+  Args:
+    workdir: of the run.
+    config: resolved, see `config.resolved`.
+
+  Raises:
+    UserError: the directory holds a run of another config; names the fields.
+  """
+  path = workdir / CONFIG_FILE
+  if not path.exists():
+    if multihost.is_primary():
+      records.write_text(path, json.dumps(config, indent=1))
+    return
+  try:
+    there = json.loads(path.read_text())
+  except ValueError as error:
+    raise types.UserError(
+        f'{path} is damaged ({error}); restore it, or use another '
+        '--workdir.') from error
+  changed = config_lib.differences(there, config)
+  if changed:
+    more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
+    raise types.UserError(
+        f'--workdir={workdir} holds a run of a different config: '
+        f'{"; ".join(changed[:3])}{more}. Use another --workdir, or the same '
+        'config to resume.')
+
+
+def use_compilation_cache(workdir: pathlib.Path) -> None:
+  """Keeps compiled programs in the work directory: restarts compile nothing.
+
+  A directory that jax was given otherwise (JAX_COMPILATION_CACHE_DIR) is left
+  as it is.
+  """
+  directory = jax.config.values['jax_compilation_cache_dir']
+  if directory and pathlib.Path(directory).name != COMPILED_FOLDER:
+    return
+  compilation_cache.reset_cache()  # Of another run of this process.
+  jax.config.update(
+      'jax_compilation_cache_dir', str(workdir.absolute() / COMPILED_FOLDER))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  # Of a full disk or a killed process. It costs a compilation, nothing else.
+  warnings.filterwarnings(
+      'ignore', message='Error (reading|writing) persistent compilation cache')
+
+
+class Facts:
+  """run.json; what is not about arrays or text, and differs between runs."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self._path = workdir / FACTS_FILE
+    self._values: dict[str, Any] = {}
+    if self._path.exists():
+      try:
+        self._values = json.loads(self._path.read_text())
+      except ValueError:
+        # Nothing depends on it.
+        self._values = {}
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether all stages have been run."""
+    return bool(self._values.get('finished'))
+
+  def describe(self, devices: np.ndarray, *, seed: int) -> None:
+    """Notes what runs where."""
+    self._values |= {
+        'device': f'{devices.size} x {devices.flat[0].device_kind}',
+        'seed': seed,
+        'command': ' '.join(sys.argv),
+        'python': platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    self._write()
+
+  @contextlib.contextmanager
+  def timing(self, name: str) -> Iterator[None]:
+    """Adds the seconds spent inside to those of a stage.
+
+    Those of a process that was killed are not known and not counted.
+    """
+    began = time.perf_counter()
+    try:
+      yield
+    except run_state.Stopped:
+      self._add(name, time.perf_counter() - began)
+      raise
+    self._add(name, time.perf_counter() - began)
+
+  def finish(self) -> None:
+    """Notes that all stages have been run."""
+    self._values['finished'] = time.strftime('%Y-%m-%d %H:%M:%S %z')
+    self._write()
+
+  def _add(self, name: str, seconds: float) -> None:
+    spent = self._values.setdefault('seconds', {})
+    spent[name] = round(spent.get(name, 0.0) + seconds, 2)
+    self._write()
+
+  def _write(self) -> None:
+    if multihost.is_primary():
+      records.write_text(self._path, json.dumps(self._values, indent=1))
+
+
+def _version(package: str) -> str:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return 'not installed'

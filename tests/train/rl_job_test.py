@@ -1,0 +1,202 @@
+"""Tests for longjax.train.rl_job; `shared_prefix_test` has its gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from longjax import types
+from longjax.model import transformer
+from longjax.rl import batch, entropy_control
+from longjax.rl import loss as loss_lib
+from longjax.rollout import decode
+from longjax.train import optimizer as optimizer_lib
+from longjax.train import rl_job, run_state
+from tests import tiny_model
+
+NUM_SAMPLES = 3
+
+
+class LetterTokenizer:
+  """A token a character; the vocabulary of `tiny_model` has room for it."""
+
+  stop_id = 2
+
+  def encode(self, text):
+    return [8 + ord(c) % 80 for c in text]
+
+  def decode(self, ids):
+    return ' '.join(map(str, ids))
+
+  def special(self, name):
+    return 1 + ('<|im_start|>', '<|im_end|>', '<think>', '</think>').index(
+        name)
+
+
+class Kept(list):
+  """A rollout writer that remembers what it is given."""
+
+  def write(self, global_step, stage, example, samples, **kwargs):
+    self.append((global_step, stage, example.task, samples, kwargs))
+
+
+EXAMPLES = [
+    types.TaskExample(
+        id=f'example {i}', task=('mc', 'qa')[i % 2], kind='qa',
+        documents=(types.Document(title='', text='x' * (1 + i % 5)),),
+        question='?', answers=('yes',))
+    for i in range(20)]
+
+
+class Grader:
+  """Rewards an even first token, or nothing at all if it is stingy."""
+
+  is_stingy = False
+
+  def __call__(self, example, text, *, is_finished):
+    is_even = bool(text) and int(text.split()[0]) % 2 == 0
+    return types.Score(
+        reward=float(is_even and not self.is_stingy), answer='', rule='test')
+
+
+def stage(**overrides):
+  return tiny_model.rl_stage(**dict(
+      num_prompts=8, num_samples=NUM_SAMPLES, max_prompt_len=40, row_len=96,
+      row_multiple=8, rollouts_every=1,
+      sampler=decode.SamplerConfig(temperature=0.9, max_response_len=6),
+      loss=loss_lib.LossConfig()) | overrides)
+
+
+def context(**mesh):
+  unused = dict.fromkeys(
+      ('workdir', 'metrics', 'checkpointer', 'stop'))
+  return run_state.Context(
+      **unused, seed=0, rules=tiny_model.rules(**mesh),
+      tokenizer=LetterTokenizer(), model=tiny_model.MODEL,
+      backend='reference', remat=transformer.Remat.NONE, checkpoint_every=1,
+      max_skipped_in_a_row=3, rollouts=Kept())
+
+
+@functools.cache
+def job_of(name, **mesh):
+  """A job and what it was made of; compiled once for all tests."""
+  made = stage() if name == 'on_policy' else stage(
+      num_minibatches=2, num_epochs=2, shuffle_rewards=True,
+      loss=loss_lib.LossConfig(objective='off_policy', tis_cap=2.0),
+      # Entropy is always above this band.
+      aepo=entropy_control.AepoConfig(
+          entropy_low=0.1, entropy_high=0.2, baseline_steps=9))
+  where, grader = context(**mesh), Grader()
+  return rl_job.RlJob(
+      where, made, examples=EXAMPLES, score=grader), where, grader
+
+
+def fresh(where):
+  optimizer = optimizer_lib.make(stage().optimizer, num_steps=4)
+  return run_state.fresh(tiny_model.params(), optimizer, where)
+
+
+def num_programs(job):
+  return {
+      'sample': job.engine.num_programs(), 'plan': batch.plan._cache_size(),
+      'score': job._score_rows._cache_size(),
+      'update': job._update._cache_size()}
+
+
+@pytest.mark.parametrize('mesh', ['', 'data=2,fsdp=4'])
+def test_after_the_first_step_nothing_is_compiled(mesh):
+  job, where, _ = job_of(
+      'on_policy', **(dict(data=2, fsdp=4) if mesh else {}))
+  state, plans = fresh(where), None
+  for i in range(4):
+    result = job.step(state, i, i + 1)
+    state = result.state
+    values = jax.device_get(dict(result.values))
+    plans = plans or batch.plan._cache_size()
+    assert num_programs(job) == dict(sample=1, score=1, update=1, plan=plans)
+    # The sampler and the trainer agree, so ratios of the first update are 1.
+    assert values['gap/logprob_max'] < 1e-4
+    assert values['grad_norm'] > 0.0 and values['skipped'] == 0
+    assert 0.0 < values['reward/mean'] < 1.0
+    assert 0.0 <= values['padding'] < 1.0
+  assert int(state.train.step) == 4
+  # One prompt's responses a step were kept to read, tasks taking turns.
+  assert [kept[:3] for kept in where.rollouts] == [
+      (i + 1, 'rl', ('mc', 'qa')[i % 2]) for i in range(4)]
+  assert all(len(kept[3]) == NUM_SAMPLES for kept in where.rollouts)
+
+
+def test_a_step_repeats_itself():
+  job, where, _ = job_of('on_policy')
+  outcomes = []
+  for _ in range(2):
+    result = job.step(fresh(where), 5, 6)
+    outcomes.append(jax.device_get((result.state, dict(result.values))))
+  jax.tree.map(np.testing.assert_array_equal, *outcomes)
+
+
+def test_off_policy_updates_run_over_minibatches_and_epochs():
+  job, where, _ = job_of('off_policy')
+  result = job.step(fresh(where), 0, 1)
+  assert int(result.state.train.step) == 4
+  # The last update's policy is no longer the one that sampled.
+  assert abs(float(result.values['ratio/mean']) - 1.0) > 1e-5
+  graded = job.rollout(result.state.train.params, 0)
+  seen = [set(p.trajectory[p.loss_mask]) for p in job._minibatches(graded)]
+  assert seen == [set(range(12)), set(range(12, 24))] * 2
+
+
+def test_a_batch_without_a_positive_response_in_pos_mode_is_skipped():
+  job, where, grader = job_of('off_policy')
+  grader.is_stingy = True
+  result = job.step(fresh(where), 0, 1)
+  grader.is_stingy = False
+  assert int(result.state.aepo.mode) == entropy_control.Mode.POS
+  jax.tree.map(
+      np.testing.assert_array_equal, jax.device_get(result.state.train.params),
+      tiny_model.params())
+  assert int(result.state.train.num_skipped) == 0
+
+
+def test_shuffled_rewards_are_the_same_rewards_elsewhere():
+  (job, where, _), (other, *_) = job_of('on_policy'), job_of('off_policy')
+  params = fresh(where).train.params
+  plain, shuffled = job.rollout(params, 0), other.rollout(params, 0)
+  assert shuffled.texts == plain.texts
+  assert [s.reward for s in shuffled.scores] == plain.rewards.tolist()
+  assert (shuffled.rewards != plain.rewards).any()
+  np.testing.assert_array_equal(
+      np.sort(shuffled.rewards), np.sort(plain.rewards))
+
+
+@pytest.mark.parametrize('overrides, message', [
+    (dict(steps=0), 'rl.steps=0'),
+    (dict(num_samples=1), 'num_samples=1'),
+    (dict(num_minibatches=3), 'not a multiple of rl.num_minibatches=3'),
+    (dict(num_microbatches=3), 'not a multiple of rl.num_microbatches=3'),
+    (dict(row_len=57), r'rl.row_len=57 cannot hold.*at least 58'),
+    (dict(sampler=decode.SamplerConfig(temperature=0.0, max_response_len=6)),
+     'rl.sampler.temperature=0'),
+    (dict(num_epochs=2), "rl.loss.objective='off_policy'"),
+])
+def test_impossible_stages_are_refused(overrides, message):
+  with pytest.raises(types.UserError, match=message):
+    stage(**overrides)
+
+
+@pytest.mark.parametrize('overrides, message', [
+    (dict(num_prompts=4), 'rl.num_prompts=4 does not divide over the 8 data'),
+    (dict(row_multiple=4), 'rl.row_multiple=4 does not divide over the 8 data'),
+])
+def test_batches_that_do_not_divide_over_the_mesh_are_refused(
+    overrides, message):
+  with pytest.raises(types.UserError, match=message):
+    rl_job.check(stage(**overrides), context(data=8))
+
+
+def test_the_default_stage_is_the_recipes():
+  made = {f.name: f.default for f in dataclasses.fields(rl_job.RlStage)}
+  assert (made['num_prompts'], made['num_samples']) == (128, 8)
+  assert (made['num_minibatches'], made['num_epochs']) == (1, 1)
