@@ -71,6 +71,13 @@ def question_tokens(
 ) -> list[int]:
   """Ids from the end of the documents to the start of the response."""
   asked = ' '.join(filter(None, [example.question, example.instruction]))
+  return turn_tokens(asked, tokenizer)
+
+
+def turn_tokens(
+    asked: str, tokenizer: tokenizer_lib.Tokenizer
+) -> list[int]:
+  """Ids from what is asked to the start of the response."""
   special = tokenizer.special
   return [
       *tokenizer.encode('\n' + asked),

@@ -2,8 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 
@@ -43,6 +43,29 @@ class EvalsStage:
           f'evals.num_samples={self.num_samples} must be >= 1.')
     if not self.splits:
       raise types.UserError('evals.splits is empty; name a held-out split.')
+    if not self.lengths or min(self.lengths) < 2 or list(
+        self.lengths) != sorted(set(self.lengths)):
+      raise types.UserError(
+          f'evals.lengths={self.lengths} must be increasing prompt lengths of '
+          'at least 2 tokens.')
+    if self.prompts_per_batch < 1:
+      raise types.UserError(
+          f'evals.prompts_per_batch={self.prompts_per_batch} must be >= 1.')
+
+
+def result(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  """The file an evaluation writes."""
+  return workdir / runner.EVALS_FOLDER / f'{name}.json'
+
+
+def check(stage: EvalsStage, rules: rules_lib.Rules) -> None:
+  """Refuses batches that do not divide over the mesh."""
+  shards = rules.size('batch')
+  if stage.prompts_per_batch % shards:
+    raise types.UserError(
+        f'evals.prompts_per_batch={stage.prompts_per_batch} does not divide '
+        f'over the {shards} data shards of mesh {dict(rules.mesh.shape)}; use '
+        f'a multiple of {shards}.')
 
 
 def run(
@@ -58,12 +81,28 @@ def run(
     backend: attention.Backend,
     seed: int,
     workdir: pathlib.Path,
-    progress,
+    progress: Callable[..., Any],
+    check_stop: Callable[[], None],
 ) -> None:
   """Evaluates `params` and writes evals/{name}.json.
 
   The samples depend on (seed, prompt, number) only: evaluations before and
   after training answer the same questions with the same random numbers.
+
+  Args:
+    stage: its configuration.
+    name: of the result.
+    params: what is evaluated.
+    examples: of each split.
+    score: the grader.
+    model: sizes of the network.
+    tokenizer: of the model.
+    rules: logical axes to mesh axes.
+    backend: attention backend.
+    seed: of the samples.
+    workdir: of the run.
+    progress: `train.progress.Progress` or alike.
+    check_stop: called after each batch; may raise to stop.
   """
   sampler = engine.Engine(
       model=model, sampler=stage.sampler,
@@ -86,10 +125,15 @@ def run(
       prompts.to_prompt(example, tokenizer, max_len=max(stage.lengths))
       for split in stage.splits for example in examples[split]]
   with progress(len(asked), name, unit='prompt') as bar:
+
+    def on_batch(num_prompts: int) -> None:
+      bar.advance(num_prompts)
+      check_stop()
+
     results = runner.evaluate(
         generate, score, runner.by_length(asked, stage.lengths),
         num_samples=stage.num_samples, batch_size=stage.prompts_per_batch,
-        on_batch=bar.advance)
+        on_batch=on_batch)
   runner.save(
       workdir, name, results, seed=seed, facts={
           'splits': list(stage.splits), 'num_samples': stage.num_samples,

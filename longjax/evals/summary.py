@@ -1,7 +1,7 @@
 """The before/after table for a terminal or a log file.
 
-  held-out reward      | base | sft               | rl                | rl - sft
-  mean over task types | 0.03 | 0.35 [0.31, 0.39] | 0.56 [0.52, 0.60] | +0.21 ...
+  held-out reward      | sft               | rl                | rl - sft
+  mean over task types | 0.35 [0.31, 0.39] | 0.56 [0.52, 0.60] | +0.21 [...]
 """
 
 import os

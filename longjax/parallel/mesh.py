@@ -46,6 +46,24 @@ class MeshConfig:
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
+def split_cpu(num_devices: int) -> None:
+  """Makes jax see the host's CPU as `num_devices` devices.
+
+  Must precede the first use of a device. Accelerators are unaffected.
+
+  Args:
+    num_devices: one a core lets every core work on rows of its own, where a
+      single device leaves small operations to one core.
+
+  Raises:
+    UserError: the number is not positive.
+  """
+  if num_devices < 1:
+    raise types.UserError(f'cpu_devices={num_devices} must be >= 1.')
+  if jax.config.values['jax_num_cpu_devices'] != num_devices:
+    jax.config.update('jax_num_cpu_devices', num_devices)
+
+
 def make(
     config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:

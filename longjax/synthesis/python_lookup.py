@@ -1,6 +1,6 @@
 """Lookup questions about the installed Python standard library.
 
-  python -m longjax.synthesis.python_lookup --output=lookup.jsonl --num=300
+  python -m longjax.synthesis.python_lookup --output=runs/python_lookup.jsonl
 
 An example of bringing your own documents: real modules are read (parsed with
 `ast`, never imported), cut into excerpts of signatures and docstring lines,
@@ -33,6 +33,7 @@ from longjax import types
 
 _MAX_LINE_CHARS = 76
 _MIN_FUNCTIONS = 2
+_MIN_DOCUMENTS = 3
 # A default that still says something without its punctuation: 3, 1.5, None,
 # 'utf-8'. Answers are compared word by word.
 _PLAIN_DEFAULT = re.compile(r"\d+(\.\d+)?|None|True|False|'\w[\w .-]*'")
@@ -218,15 +219,15 @@ def solve(documents: Sequence[dict[str, str]], question: str) -> set[str]:
 
 
 def generate(
-    *, num: int, seed: int = 0, context_chars: int = 1000
+    *, num: int, seed: int = 0, context_chars: int = 700
 ) -> Iterator[dict[str, Any]]:
   """Yields examples as the JSON objects of a data file.
 
   Args:
     num: how many.
     seed: of choice and order.
-    context_chars: characters of documents aimed at; about 2.5 a token for a
-      small vocabulary.
+    context_chars: characters of documents aimed at; the base model's small
+      vocabulary makes about 600 tokens of 700.
 
   Raises:
     UserError: the library does not give that many questions.
@@ -247,7 +248,7 @@ def generate(
     rng.shuffle(others)
     num_chars = len(documents[0]['text'])
     for name in others:
-      if num_chars >= context_chars:
+      if num_chars >= context_chars and len(documents) >= _MIN_DOCUMENTS:
         break
       documents.append(_excerpt(rng, library[name]))
       num_chars += len(name) + len(documents[-1]['text'])
@@ -267,6 +268,7 @@ def write(path: str, *, num: int, seed: int, context_chars: int) -> None:
   text = ''.join(json.dumps(e, ensure_ascii=False) + '\n' for e in examples)
   temporary = f'{path}.tmp'
   try:
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(temporary).write_text(text, encoding='utf-8')
     os.replace(temporary, path)
   except OSError as error:
@@ -283,16 +285,17 @@ def main(argv: Sequence[str]) -> int:
     write(values.output, num=values.num, seed=values.seed,
           context_chars=values.context_chars)
   except types.UserError as error:
-    sys.stderr.write(f'{error}\n')
+    sys.stderr.write(f'longjax: error: {error}\n')
     return 2
+  sys.stderr.write(f'{values.output}: {values.num} examples.\n')
   return 0
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('output', None, 'JSONL file to write.', required=True)
-  flags.DEFINE_integer('num', 300, 'Number of questions.', lower_bound=1)
+  flags.DEFINE_integer('num', 600, 'Number of questions.', lower_bound=1)
   flags.DEFINE_integer('seed', 0, 'Seed of choice and order.')
   flags.DEFINE_integer(
-      'context_chars', 1000, 'Characters of documents per question.',
+      'context_chars', 700, 'Characters of documents per question.',
       lower_bound=1)
   app.run(main)

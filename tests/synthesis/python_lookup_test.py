@@ -95,14 +95,14 @@ def long(''' + ', '.join(f'argument_{i}' for i in range(20)) + '''): pass
 
 
 def test_the_command_writes_a_file_that_the_reader_accepts(tmp_path):
-  path = tmp_path / 'lookup.jsonl'
+  path = tmp_path / 'new_folder' / 'lookup.jsonl'
   subprocess.run(
       [sys.executable, '-m', 'longjax.synthesis.python_lookup',
        f'--output={path}', '--num=200'], check=True,
       cwd=pathlib.Path(__file__).parents[2])
   examples = documents.read_jsonl(path)
   assert len({example.question for example in examples}) == 200
-  assert [p.name for p in tmp_path.iterdir()] == ['lookup.jsonl']
+  assert [p.name for p in path.parent.iterdir()] == ['lookup.jsonl']
   for example in examples:
     span, = example.evidence
     quote = example.documents[span.document].text[span.start:span.end]
@@ -114,7 +114,8 @@ def test_the_command_writes_a_file_that_the_reader_accepts(tmp_path):
 def test_too_many_questions_and_unwritable_files_are_user_errors(tmp_path):
   with pytest.raises(types.UserError, match='num=1000000'):
     list(python_lookup.generate(num=10**6))
-  with pytest.raises(types.UserError, match='absent'):
+  (tmp_path / 'file').touch()
+  with pytest.raises(types.UserError, match='x.jsonl cannot be written'):
     python_lookup.write(
-        str(tmp_path / 'absent' / 'x.jsonl'), num=1, seed=0,
+        str(tmp_path / 'file' / 'x.jsonl'), num=1, seed=0,
         context_chars=100)

@@ -1,0 +1,190 @@
+"""A run killed again and again ends with the bits of one that was not.
+
+Every attempt is a process of its own, started from one that has done the
+imports (`resume_driver`). All of the issue's moments are covered: synthesis,
+SFT, sampling, update, saving, evaluation. The full set, with a fresh compiler
+cache in each work directory as users have it:
+
+  python -m pytest -m slow tests/resume_test.py
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import tiny_recipe
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+CONFIG = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from ml_collections import config_dict
+from tests import tiny_recipe
+def get_config(arg=''):
+  return config_dict.ConfigDict(tiny_recipe.values())
+"""
+
+EXIT_CODES = {'SIGKILL': -9, 'SIGTERM': 143, 'SIGINT': 130}
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """When an attempt ends.
+
+  `most` bounds the random number of calls, so that each moment still lies
+  ahead, wherever the moments before it have left the run.
+  """
+
+  phase: str
+  point: str
+  most: int = 1
+  signal: str = 'SIGKILL'
+  # The newest checkpoint is damaged before the attempt.
+  is_newest_damaged: bool = False
+
+
+# In the order of the run. Checkpoints are saved after 2, 3 | 2, 4, 5 | 2, 4, 5
+# steps of pretrain | sft | rl.
+MOMENTS = (
+    Moment('start', 'tokenizer'),
+    Moment('start', 'replace', 2),
+    Moment('synth', 'draw', 60),
+    Moment('synth', 'draw', 60, 'SIGTERM'),
+    Moment('0_base', 'sample', 2),
+    Moment('0_base', 'score', 16),
+    Moment('0_base', 'replace'),
+    Moment('pretrain', 'update', 3),
+    Moment('pretrain', 'update', 2, 'SIGTERM'),
+    Moment('pretrain', 'manifest'),
+    Moment('sft', 'update', 4),
+    Moment('sft', 'append', 2),
+    Moment('sft', 'manifest'),
+    Moment('sft', 'save'),
+    Moment('sft', 'saving'),
+    Moment('sft', 'update', 1, 'SIGINT'),
+    Moment('1_sft', 'sample', 2),
+    Moment('1_sft', 'score', 16),
+    Moment('1_sft', 'score', 16, 'SIGTERM'),
+    Moment('1_sft', 'replace'),
+    Moment('rl', 'sample', 2),
+    Moment('rl', 'score', 32),
+    Moment('rl', 'append', 4),
+    Moment('rl', 'update', 2),
+    Moment('rl', 'manifest'),
+    Moment('rl', 'save'),
+    Moment('rl', 'saving'),
+    Moment('rl', 'sample', 1, 'SIGTERM'),
+    Moment('rl', 'update', 1, is_newest_damaged=True),
+    Moment('2_rl', 'sample', 2),
+    Moment('2_rl', 'score', 16, 'SIGINT'),
+    Moment('after 2_rl', 'export'),
+    Moment('after rl', 'replace', 2),
+)
+# For every run of the tests: one of each of the issue's moments.
+FEW = tuple(
+    m for m in MOMENTS if (m.phase, m.point, m.signal) in {
+        ('synth', 'draw', 'SIGKILL'), ('pretrain', 'update', 'SIGTERM'),
+        ('sft', 'update', 'SIGKILL'), ('sft', 'manifest', 'SIGKILL'),
+        ('1_sft', 'score', 'SIGKILL'), ('rl', 'sample', 'SIGKILL'),
+        ('rl', 'append', 'SIGKILL'), ('rl', 'update', 'SIGKILL'),
+        ('2_rl', 'score', 'SIGINT')})
+
+
+def attempts(directory: pathlib.Path, moments, seed: int):
+  """One uninterrupted run, then one that ends at every moment."""
+  config = directory / 'conf.py'
+  config.write_text(CONFIG)
+  rng = random.Random(seed)
+
+  def attempt(name, **how):
+    return {'workdir': str(directory / name), 'config': str(config)} | how
+
+  killed = [
+      attempt('killed', phase=m.phase, point=m.point, signal=m.signal,
+              count=rng.randint(1, m.most),
+              is_newest_damaged=m.is_newest_damaged) for m in moments]
+  return [attempt('whole'), *killed, attempt('killed')]
+
+
+def drive(directory: pathlib.Path, moments, seed: int, **environ: str):
+  """Runs all attempts; exit codes, names of damaged checkpoints, logs."""
+  tries = attempts(directory, moments, seed)
+  done = subprocess.run(
+      [sys.executable, str(ROOT / 'tests' / 'resume_driver.py')],
+      input=json.dumps(tries), stdout=subprocess.PIPE, text=True, check=True,
+      env=os.environ | {
+          'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
+          } | environ)
+  outcomes = json.loads(done.stdout)
+  damaged = [o for o in outcomes if isinstance(o, str)]
+  codes = [o for o in outcomes if not isinstance(o, str)]
+  logs = [
+      pathlib.Path(f'{one["workdir"]}.{number}.log').read_text()
+      for number, one in enumerate(tries)]
+  return codes, damaged, logs
+
+
+def check(directory: pathlib.Path, moments, seed: int, **environ: str):
+  """The whole claim: each attempt ended as told, and nothing shows."""
+  codes, damaged, logs = drive(directory, moments, seed, **environ)
+  report = '\n'.join(
+      f'{m}: {code}\n{log[-600:]}'
+      for m, code, log in zip((*moments, 'end'), codes[1:], logs[1:]))
+  assert codes[0] == 0, logs[0]
+  assert codes[1:-1] == [EXIT_CODES[m.signal] for m in moments], report
+  assert codes[-1] == 0, report
+  for m, log in zip(moments, logs[1:]):
+    if m.signal != 'SIGKILL':
+      # The last line but for the progress bar's.
+      told = [x for x in log.splitlines() if x.startswith(m.signal)]
+      assert len(told) == 1, log
+      assert told[0].endswith('; run the same command to resume.'), log
+      assert 'Traceback' not in log
+  warnings = [x for log in logs for x in log.splitlines()
+              if x.startswith('longjax: warning')]
+  assert len(warnings) == len(damaged), warnings
+  for name, warning in zip(damaged, warnings):
+    assert f'checkpoints/{name} is damaged' in warning
+  whole, killed = (
+      tiny_recipe.left_behind(directory / n) for n in ('whole', 'killed'))
+  assert killed.keys() == whole.keys()
+  assert 'evals/2_rl.json' in whole
+  for name in whole:
+    assert killed[name] == whole[name], name
+  return whole
+
+
+def test_a_run_killed_at_many_moments_ends_with_equal_bits(tmp_path):
+  whole = check(
+      tmp_path, FEW, seed=0,
+      JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'shared'),
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
+  # Equal bits would prove nothing if training did nothing.
+  records = whole['metrics.jsonl']
+  assert [r['step'] for r in records] == list(range(1, 14))
+  for stage in ('pretrain', 'sft', 'rl'):
+    norms = [float(r['values']['grad_norm']) for r in records
+             if r['stage'] == stage]
+    assert np.all(np.isfinite(norms)) and max(norms) > 1e-3, (stage, norms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [1, 2])
+def test_a_run_killed_at_every_moment_ends_with_equal_bits(tmp_path, seed):
+  check(tmp_path, MOMENTS, seed=seed)
+
+
+def test_the_full_set_has_twelve_kills_in_every_phase():
+  kills = [m for m in MOMENTS if m.signal == 'SIGKILL']
+  assert len(kills) >= 12
+  assert {'synth', 'sft', 'rl', '1_sft'} <= {m.phase for m in kills}
+  assert {'draw', 'sample', 'score', 'update', 'save', 'manifest'} <= {
+      m.point for m in kills}
