@@ -10,6 +10,12 @@ after RL is printed at the end and stands in the README.
 
 Variants, e.g. --config=configs/tiny.py:control_sft
 
+  own_data          SFT and RL on a JSON-lines file of your own,
+                    --config.stages.synth.path=FILE (format:
+                    longjax/data/documents.py). Without it, on lookup
+                    questions about the Python standard library, which
+                    `python -m longjax.synthesis.python_lookup
+                    --output=runs/python_lookup.jsonl` writes first.
   control_sft       further SFT for the wall time of RL instead of RL
   control_shuffled  RL on rewards permuted over the batch: no signal
 """
@@ -18,7 +24,7 @@ from ml_collections import config_dict
 
 from longjax import types
 
-VARIANTS = ('control_sft', 'control_shuffled')
+VARIANTS = ('own_data', 'control_sft', 'control_shuffled')
 
 
 def _split(name, names, num_per_task, shortest, longest):
@@ -33,6 +39,26 @@ def _sft(steps):
       reasoning_fraction=0.65,
       optimizer=dict(
           learning_rate=1e-3, schedule='cosine', warmup_steps=20))
+
+
+def _own_data():
+  """Stages for about 400 questions over about 600 tokens each."""
+  sampler = dict(temperature=1.0, max_response_len=96)
+  return dict(
+      synth=dict(job='synth', path='runs/python_lookup.jsonl'),
+      evals=dict(
+          job='evals', splits=('validation', 'test'), lengths=(640, 768),
+          prompts_per_batch=24, sampler=sampler),
+      sft=dict(
+          job='sft', steps=200, num_rows=4, row_len=896,
+          reasoning_fraction=0.5,
+          optimizer=dict(
+              learning_rate=1e-3, schedule='cosine', warmup_steps=20)),
+      rl=dict(
+          job='rl', steps=40, num_prompts=12, num_samples=8,
+          max_prompt_len=768, sampler=sampler, row_len=1536, row_multiple=2,
+          entropy_source='sampler', rollouts_every=5,
+          optimizer=dict(learning_rate=2e-4)))
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
@@ -69,6 +95,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
           max_prompt_len=640, sampler=sampler, row_len=1088, row_multiple=2,
           entropy_source='sampler',
           optimizer=dict(learning_rate=5e-4)))
+  if arg == 'own_data':
+    config.stages = _own_data()
   if arg == 'control_sft':
     config.recipe = ('synth', 'evals', 'sft', 'evals', 'further_sft', 'evals')
     config.stages.further_sft = _sft(600)

@@ -30,11 +30,17 @@ CONFIG_FILE = 'config.json'
 FACTS_FILE = 'run.json'
 COMPILED_FOLDER = 'compiled'
 
+# What a run leaves that only its own config can go on from.
+RESULTS = (
+    'tokenizer', 'data', 'checkpoints', 'evals', 'model', 'metrics.jsonl')
 _PACKAGES = ('jax', 'jaxlib', 'longjax')
 
 
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Writes config.json, or refuses the work directory of another config.
+
+  Where a run has left nothing yet, as after a mistake in its config, the new
+  config simply takes its place.
 
   Args:
     workdir: of the run.
@@ -44,7 +50,7 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     UserError: the directory holds a run of another config; names the fields.
   """
   path = workdir / CONFIG_FILE
-  if not path.exists():
+  if not path.exists() or not _holds_results(workdir):
     if multihost.is_primary():
       records.write_text(path, json.dumps(config, indent=1))
     return
@@ -61,6 +67,13 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         f'--workdir={workdir} holds a run of a different config: '
         f'{"; ".join(changed[:3])}{more}. Use another --workdir, or the same '
         'config to resume.')
+
+
+def _holds_results(workdir: pathlib.Path) -> bool:
+  """True if anything was made here that belongs to one config."""
+  return any(
+      path.is_file() or any(path.glob('*'))
+      for path in (workdir / name for name in RESULTS))
 
 
 def use_compilation_cache(workdir: pathlib.Path) -> None:
