@@ -265,7 +265,9 @@ def _set_up_logging() -> None:
       return True
     # Orbax logs every failed save several times over, with tracebacks, and
     # then raises it: `train.checkpoint` says it in one line.
-    is_orbax = f'{os.sep}orbax{os.sep}' in record.pathname
+    # asyncio says it once more when the failed write is forgotten.
+    is_orbax = (f'{os.sep}orbax{os.sep}' in record.pathname
+                or record.name == 'asyncio')
     return record.levelno >= python_logging.WARNING and not is_orbax
 
   handler.addFilter(matters)

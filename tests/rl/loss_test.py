@@ -318,14 +318,14 @@ def test_metrics_equal_counts_over_the_masked_tokens():
       importance.append(np.exp(data['old'][i, t] - data['sampler'][i, t]))
       advantages.append(data['advantages'][i])
   ratio, advantages = np.array(ratio), np.array(advantages)
-  expected = dict(
-      ratio=ratio.mean(),
-      clip_high=np.mean((advantages > 0) & (ratio > 1.28)),
-      clip_low=np.mean((advantages < 0) & (ratio < 0.8)),
-      clip_dual=np.mean((advantages < 0) & (ratio > 3.0)),
-      tis_capped=np.mean(np.array(importance) > 2.0),
-      gap_mean=np.mean(np.abs(np.log(importance))),
-  )
+  expected = {
+      'ratio/mean': ratio.mean(),
+      'ratio/clip_high': np.mean((advantages > 0) & (ratio > 1.28)),
+      'ratio/clip_low': np.mean((advantages < 0) & (ratio < 0.8)),
+      'ratio/clip_dual': np.mean((advantages < 0) & (ratio > 3.0)),
+      'ratio/tis_capped': np.mean(np.array(importance) > 2.0),
+      'gap/logprob_mean': np.mean(np.abs(np.log(importance))),
+  }
   got = metrics.summary()
   for name, value in expected.items():
     assert value > 0.0, f'{name} is not exercised'
@@ -337,8 +337,9 @@ def test_the_ratio_is_one_on_policy():
   _, _, metrics = value_and_gradient(
       jnp.float32(params), packed(), weights_of(), data)
   got = metrics.summary()
-  assert float(got['ratio']) == 1.0
-  assert float(got['clip_high']) == float(got['clip_low']) == 0.0
+  assert float(got['ratio/mean']) == 1.0
+  assert float(got['ratio/clip_high']) == 0.0
+  assert float(got['ratio/clip_low']) == 0.0
 
 
 def test_off_policy_without_old_logprobs_is_refused():
