@@ -91,10 +91,10 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
           sampler=sampler),
       sft=_sft(500),
       rl=dict(
-          job='rl', steps=60, num_prompts=12, num_samples=8,
+          job='rl', steps=150, num_prompts=12, num_samples=8,
           max_prompt_len=640, sampler=sampler, row_len=1088, row_multiple=2,
           entropy_source='sampler',
-          optimizer=dict(learning_rate=5e-4)))
+          optimizer=dict(learning_rate=3e-4)))
   if arg == 'own_data':
     config.stages = _own_data()
   if arg == 'control_sft':
