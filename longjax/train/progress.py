@@ -172,7 +172,9 @@ def duration(seconds: float) -> str:
   return f'{minute}:{second:02d}'
 
 
-def rl_line(step: int, total: int, values: Mapping[str, float]) -> str:
+def rl_line(
+    step: int, total: int, values: Mapping[str, float], *, name: str = 'rl'
+) -> str:
   """One RL step in one line; parts whose metric is missing are left out.
 
     rl  12/120 | reward 0.42 (mc 0.50, numeric 0.21) | entropy 0.231 FULL
@@ -180,7 +182,7 @@ def rl_line(step: int, total: int, values: Mapping[str, float]) -> str:
 
   The sampler/trainer gap is the mean absolute difference of logprobs, nats.
   """
-  parts = [_counter('rl', step, total)]
+  parts = [_counter(name, step, total)]
   tasks = sorted(
       name.removeprefix('reward/') for name in values
       if name.startswith('reward/') and name != 'reward/mean')
@@ -200,14 +202,16 @@ def rl_line(step: int, total: int, values: Mapping[str, float]) -> str:
   return ' | '.join(parts + _speed_part(values))
 
 
-def sft_line(step: int, total: int, values: Mapping[str, float]) -> str:
+def sft_line(
+    step: int, total: int, values: Mapping[str, float], *, name: str = 'sft'
+) -> str:
   """One SFT step in one line; parts whose metric is missing are left out.
 
     sft  300/900 | loss 0.412 | accuracy 0.87 | grad 1.20 | 21,034 tok/s
 
   Loss in nats per token.
   """
-  parts = [_counter('sft', step, total)]
+  parts = [_counter(name, step, total)]
   if 'loss' in values:
     parts.append(f'loss {values["loss"]:.3f}')
   if 'accuracy' in values:

@@ -11,6 +11,7 @@ tokens, B rows, T positions.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -185,6 +186,7 @@ class RlJob:
       *,
       examples: dataset.Examples,
       score: Score,
+      name: str = 'rl',
   ):
     """Prepares a stage.
 
@@ -193,9 +195,11 @@ class RlJob:
       stage: its configuration.
       examples: what prompts are made of.
       score: grades (example, response text, is_finished=) -> Score.
+      name: of the stage; its samples depend on it.
     """
     check(stage, context)
     self._context = context
+    self._name = name
     self._stage = stage
     self._score_response = score
     self._examples = examples
@@ -267,7 +271,7 @@ class RlJob:
             self._examples[int(i)], context.tokenizer,
             max_len=stage.max_prompt_len)
         for i in self._balance.batch(stage_step)]
-    key = jax.random.fold_in(context.key('rollout'), stage_step)
+    key = jax.random.fold_in(context.key(self._name), stage_step)
     rollouts = self.engine.sample(
         params, chosen, key, num_samples=stage.num_samples)
     texts, scores = [], []
@@ -377,7 +381,7 @@ class RlJob:
           is_kept=bool(keep[i])))
     prompt = graded.prompts[p]
     self._context.rollouts.write(
-        global_step, 'rl', prompt.example, samples,
+        global_step, self._name, prompt.example, samples,
         prompt_text=self._context.tokenizer.decode(prompt.tokens))
 
 
@@ -396,7 +400,9 @@ def run(
     score: Score,
 ) -> tuple[run_state.RunState, run_state.Place]:
   """Trains one stage of reinforcement learning; see `run_state.run_stage`."""
-  job = RlJob(context, stage, examples=examples, score=score)
+  job = RlJob(
+      context, stage, examples=examples, score=score, name=place.stage)
   return run_state.run_stage(
       context, state, place, num_steps=stage.steps, step=job.step,
-      data_state=lambda: None, line=progress.rl_line)
+      data_state=lambda: None,
+      line=functools.partial(progress.rl_line, name=place.stage))

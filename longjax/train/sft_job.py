@@ -6,6 +6,7 @@ differ by the stream of groups they read.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -198,5 +199,5 @@ def run(
   with contextlib.closing(iterator):
     return run_state.run_stage(
         context, state, place, num_steps=stage.steps, step=step,
-        data_state=iterator.get_state, line=progress.sft_line,
-        num_in_flight=1)
+        data_state=iterator.get_state, num_in_flight=1,
+        line=functools.partial(progress.sft_line, name=place.stage))
