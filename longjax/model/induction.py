@@ -4,8 +4,10 @@ Looking a value up takes two layers that need each other: one that tells every
 token what stood before it, and one that finds the place whose *previous* token
 is the current one and copies what stands there (Olsson et al. 2022,
 arXiv:2209.11895). From an ordinary initialisation a model of under a million
-parameters finds the pair only after a long plateau; here both begin roughly in
-place. The architecture is unchanged and every weight is trained.
+parameters finds the pair only after a long plateau; here both begin near it.
+Before training the first layer looks one token back; copying is not there yet
+but forms within some hundred steps. The architecture is unchanged and every
+weight is trained.
 
 The residual stream of D channels begins as
 

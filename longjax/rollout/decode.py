@@ -101,6 +101,32 @@ def sample_keys(
       numbers, jnp.arange(num_samples))
 
 
+def _start(
+    batch: PromptBatch,
+    prefix: transformer.KeyValues,  # f[L, P, S, K, H]
+    *,
+    num_samples: int,
+    max_len: int,
+) -> _Carry:
+  """The loop's state before the first token; padding prompts are finished."""
+  shape = (batch.lengths.shape[0], num_samples)
+  num_layers, *_, num_kv_heads, head_dim = prefix.key.shape
+  cache_shape = (num_layers, *shape, max_len, num_kv_heads, head_dim)
+  empty_cache = jnp.zeros(cache_shape, prefix.key.dtype)
+  return _Carry(
+      step=jnp.int32(0),
+      token=jnp.broadcast_to(batch.last_token[:, None], shape),
+      is_finished=jnp.broadcast_to((batch.lengths == 0)[:, None], shape),
+      suffix=transformer.KeyValues(key=empty_cache, value=empty_cache),
+      rollouts=types.Rollouts(
+          tokens=jnp.zeros((*shape, max_len), jnp.int32),
+          lengths=jnp.zeros(shape, jnp.int32),
+          logprobs=jnp.zeros((*shape, max_len), jnp.float32),
+          entropy=jnp.zeros((*shape, max_len), jnp.float32),
+          entropy_t1=jnp.zeros((*shape, max_len), jnp.float32),
+          is_finished=jnp.zeros(shape, bool)))
+
+
 def generate(
     params: types.Params,
     batch: PromptBatch,
@@ -132,8 +158,7 @@ def generate(
   dims = chex.Dimensions()
   dims['PS'] = batch.tokens.shape
   chex.assert_shape([batch.last_token, batch.lengths, batch.numbers], dims['P'])
-  num_prompts, max_len = dims.P, sampler.max_response_len
-  shape = (num_prompts, num_samples)
+  max_len = sampler.max_response_len
 
   # Gathered over fsdp once, not once a token.
   gathered = dataclasses.replace(rules, table=rules_lib.DECODE)
@@ -179,19 +204,5 @@ def generate(
   def should_continue(carry: _Carry) -> jax.Array:
     return (carry.step < max_len) & ~jnp.all(carry.is_finished)
 
-  cache_shape = (config.num_layers, *shape, max_len, config.num_kv_heads,
-                 config.head_dim)
-  empty_cache = jnp.zeros(cache_shape, prefix.key.dtype)
-  start = _Carry(
-      step=jnp.int32(0),
-      token=jnp.broadcast_to(batch.last_token[:, None], shape),
-      is_finished=jnp.broadcast_to((batch.lengths == 0)[:, None], shape),
-      suffix=transformer.KeyValues(key=empty_cache, value=empty_cache),
-      rollouts=types.Rollouts(
-          tokens=jnp.zeros((*shape, max_len), jnp.int32),
-          lengths=jnp.zeros(shape, jnp.int32),
-          logprobs=jnp.zeros((*shape, max_len), jnp.float32),
-          entropy=jnp.zeros((*shape, max_len), jnp.float32),
-          entropy_t1=jnp.zeros((*shape, max_len), jnp.float32),
-          is_finished=jnp.zeros(shape, bool)))
+  start = _start(batch, prefix, num_samples=num_samples, max_len=max_len)
   return jax.lax.while_loop(should_continue, body, start).rollouts

@@ -21,7 +21,7 @@ from typing import Any, SupportsFloat
 import tensorboardX
 
 from longjax import types
-from longjax.data import records
+from longjax.data import chat, records
 from longjax.parallel import multihost
 
 METRICS_FILE = 'metrics.jsonl'
@@ -198,15 +198,6 @@ def read_rollouts(workdir: str | os.PathLike[str]) -> list[records.Record]:
   return records.read(pathlib.Path(workdir) / ROLLOUTS_FILE)
 
 
-def split_thinking(text: str) -> tuple[str, str]:
-  """The thinking and the rest of a response.
-
-  A response that never closes its thinking span is all thinking.
-  """
-  thinking, _, rest = text.partition('</think>')
-  return thinking, rest
-
-
 def _documents(example: types.TaskExample) -> list[records.Record]:
   spans: list[list[list[int]]] = [[] for _ in example.documents]
   for span in example.evidence:
@@ -218,10 +209,10 @@ def _documents(example: types.TaskExample) -> list[records.Record]:
 
 
 def _sample(sample: Sample) -> dict[str, Any]:
-  thinking, response = split_thinking(sample.text)
+  parts = chat.split_response(sample.text)
   return {
-      'thinking': thinking,
-      'response': response,
+      'thinking': parts.thinking,
+      'response': parts.answer,
       'answer': sample.score.answer,
       'rule': sample.score.rule,
       'reward': float(sample.score.reward),
