@@ -18,13 +18,15 @@ Variants, e.g. --config=configs/tiny.py:control_sft
                     --output=runs/python_lookup.jsonl` writes first.
   control_sft       further SFT for the wall time of RL instead of RL
   control_shuffled  RL on rewards permuted over the batch: no signal
+  entropy_drift     RL at five times the rate after SFT on one style: entropy
+                    starts low, rises out of its band, AEPO brings it back
 """
 
 from ml_collections import config_dict
 
 from longjax import types
 
-VARIANTS = ('own_data', 'control_sft', 'control_shuffled')
+VARIANTS = ('own_data', 'control_sft', 'control_shuffled', 'entropy_drift')
 
 
 def _split(name, names, num_per_task, shortest, longest):
@@ -32,11 +34,11 @@ def _split(name, names, num_per_task, shortest, longest):
               min_tokens=shortest, max_tokens=longest)
 
 
-def _sft(steps):
+def _sft(steps, reasoning_fraction=0.4):
   """Demonstrations, some terse and some that quote their evidence first."""
   return dict(
       job='sft', steps=steps, num_rows=4, row_len=1024,
-      reasoning_fraction=0.65,
+      reasoning_fraction=reasoning_fraction,
       optimizer=dict(
           learning_rate=1e-3, schedule='cosine', warmup_steps=20))
 
@@ -71,14 +73,14 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   config.init_from = 'configs/tiny_base'
   config.cpu_devices = 2
   config.recipe = ('synth', 'evals', 'sft', 'evals', 'rl', 'evals')
-  sampler = dict(temperature=1.0, max_response_len=56)
+  sampler = dict(temperature=1.0, max_response_len=72)
   config.stages = dict(
       synth=dict(
           job='synth',
           examples=dict(
               facts_min=2, facts_max=4,
               splits=(
-                  _split('sft', 'train', 1500, 64, 512),
+                  _split('sft', 'train', 1000, 64, 608),
                   _split('rl', 'train', 200, 512, 608),
                   _split('test_256', 'test', 32, 200, 240),
                   _split('test_512', 'test', 48, 512, 608),
@@ -91,15 +93,25 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
           sampler=sampler),
       sft=_sft(500),
       rl=dict(
-          job='rl', steps=150, num_prompts=12, num_samples=8,
-          max_prompt_len=640, sampler=sampler, row_len=1088, row_multiple=2,
+          job='rl', steps=160, num_prompts=12, num_samples=8,
+          max_prompt_len=640, sampler=sampler, row_len=1664, row_multiple=2,
           entropy_source='sampler',
           optimizer=dict(learning_rate=3e-4)))
   if arg == 'own_data':
     config.stages = _own_data()
   if arg == 'control_sft':
     config.recipe = ('synth', 'evals', 'sft', 'evals', 'further_sft', 'evals')
-    config.stages.further_sft = _sft(600)
+    config.stages.further_sft = _sft(900)
   if arg == 'control_shuffled':
     config.stages.rl.shuffle_rewards = True
+  if arg == 'entropy_drift':
+    config.recipe = ('synth', 'sft', 'rl')
+    config.stages.synth.examples.splits = (
+        _split('sft', 'train', 600, 64, 608),
+        _split('rl', 'train', 100, 512, 608))
+    config.stages.sft = _sft(300, reasoning_fraction=1.0)
+    config.stages.rl.steps = 50
+    config.stages.rl.optimizer.learning_rate = 1.5e-3
+    # Released well above where it started, so that it is seen more than once.
+    config.stages.rl.aepo = dict(low_ratio=1.5)
   return config

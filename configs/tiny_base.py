@@ -6,10 +6,10 @@ writes the model to /tmp/tiny_base/model; the one in configs/tiny_base is a
 copy of it.
 
 Hardware: 2 CPU cores, no downloads.
-Time: about 16 minutes on two cores.
-Score: loss on held-in synthetic text falls to about 0.05 nats a token, most
-of it sums; sentences asked for in 512-token contexts are found word for word
-in 9 of 10 cases.
+Time: 26 minutes on two cores that other work shared.
+Score: loss on synthetic text of training names falls to 0.018 nats a token
+(1,024-token rows), 0.025 (2,048). It reasons in the tasks' words but has never
+seen an answer stated as a response states it, so it scores 0 on them.
 
 The run starts near an induction circuit (`longjax.model.induction`). From an
 ordinary initialisation, the same streams left the loss above 4 nats after 700
@@ -42,13 +42,13 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
           250, 64, 64, dict(learning_rate=3e-3, warmup_steps=50),
           stream_fraction=1.0, min_len=16),
       pretrain=_pretrain(
-          2400, 8, 512,
+          4000, 4, 1024,
           dict(learning_rate=3e-3, schedule='cosine', warmup_steps=50),
-          stream_fraction=0.15, min_len=128),
+          stream_fraction=0.1, min_len=128),
       lengthen=_pretrain(
-          200, 2, 2048,
+          300, 2, 2048,
           dict(learning_rate=5e-4, schedule='cosine', warmup_steps=20),
           stream_fraction=0.1, min_len=512))
   config.cpu_devices = 2
-  config.checkpoint_every = 100
+  config.checkpoint_every = 250
   return config

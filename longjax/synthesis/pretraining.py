@@ -7,17 +7,18 @@ an earlier one. Two kinds of group, both endless and random access:
   streams  random ordinary tokens. Half repeat a span to the end; half list
            (key, relation, value) records and ask for them again in another
            order.
-  pages    pages of the synthetic worlds, key links and chat turns, after which
-           sentences of the context are begun anew and must be finished, or are
-           asked for by a question about that one fact; and small sums.
+  pages    documents of a few of the recipe's examples, shuffled together;
+           then sentences of theirs begun anew, to be finished, questions
+           with the reasoning that leads to the answer, but not the answer
+           as a response states it, and small sums.
 
-Only what the context determines is trained on.
+Only what the context determines is trained on. Many questions share one
+context, which is what makes this cheap: reading takes most of the tokens.
 """
 
 import dataclasses
 import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import grain
 import numpy as np
@@ -25,19 +26,15 @@ import numpy as np
 from longjax import rows, types
 from longjax.data import chat
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.synthesis import pipeline
-from longjax.synthesis import world as world_lib
+from longjax.synthesis import pipeline, questions
 
 # Far more than any run reads; Grain asks for a length.
 _MANY = 1 << 40
-# Tasks whose contexts differ in form.
-_CONTEXTS = ('multihop', 'dialogue', 'numeric', 'keychain')
+# Tokens of context for each example, at least.
+_MIN_SHARE = 96
+# Branches of one kind about one context.
+_MOST_OF_KIND = 6
 _SENTENCE_STARTS = ('', ' ', '\n')
-# What pages say, as `world` and its neighbours write it.
-_EXCHANGE = re.compile(r'User: (.*)\nBot: (.*)')
-_FACT = re.compile(r'The (\w+) of (.+) is \w+\.')
-_NUMBER = re.compile(r'(\w+) holds \d+ (\w+)\.')
-_KEY = re.compile(r'Key (\w+) ')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,24 +43,20 @@ class PretrainingConfig:
 
   Attributes:
     stream_fraction: share of streams; the rest are pages.
-    min_len: tokens of the shortest group.
-    max_len: tokens of the longest; None means a whole row. Lengths are
-      log-uniform.
+    min_len: tokens of the shortest group; the longest fills a row. Lengths
+      are log-uniform.
   """
 
   stream_fraction: float = 0.5
   min_len: int = 32
-  max_len: int | None = None
 
   def __post_init__(self):
     if not 0.0 <= self.stream_fraction <= 1.0:
       raise types.UserError(
           f'text.stream_fraction={self.stream_fraction} must be in [0, 1].')
-    if self.min_len < 16 or (
-        self.max_len is not None and self.max_len < self.min_len):
+    if self.min_len < 16:
       raise types.UserError(
-          f'text needs 16 <= min_len <= max_len, got {self.min_len} and '
-          f'{self.max_len}.')
+          f'text.min_len={self.min_len} must be at least 16.')
 
 
 def groups(
@@ -75,18 +68,17 @@ def groups(
 ) -> grain.MapDataset:
   """An endless random-access stream of `rows.Group` of at most `row_len`."""
   ordinary = tokenizer.ordinary_ids()
-  max_len = min(config.max_len or row_len, row_len)
 
   def make(index: int) -> rows.Group:
     rng = np.random.default_rng((seed, index))
-    most = round(config.min_len * (max_len / config.min_len) ** rng.random())
+    most = round(config.min_len * (row_len / config.min_len) ** rng.random())
     if rng.random() < config.stream_fraction:
       half = rng.random() < 0.5
       group = _repeat(rng, ordinary, most) if half else _records(
           rng, ordinary, most)
     else:
       group = _cut(_pages(rng, tokenizer, most), most)
-      if group.num_tokens > max_len:  # The smallest pages may be longer.
+      if group.num_tokens > row_len:  # The smallest pages may be longer.
         group = _records(rng, ordinary, most)
     return _cut(group, most)
 
@@ -94,7 +86,7 @@ def groups(
 
 
 def _cut(group: rows.Group, most: int) -> rows.Group:
-  """Drops branches, at random places already, until the group fits."""
+  """Drops branches, the last ones first, until the group fits."""
   branches = list(group.branches)
   while len(branches) > 1 and dataclasses.replace(
       group, branches=branches).num_tokens > most:
@@ -142,17 +134,19 @@ def _records(
 def _pages(
     rng: np.random.Generator, tokenizer: tokenizer_lib.Tokenizer, most: int
 ) -> rows.Group:
-  """Documents, then sentences of theirs to be finished or found, and sums."""
-  documents = _documents(rng, tokenizer, most)
-  branches = []
-  for sentence in _sentences(documents):
-    cloze = _cloze(rng, documents, sentence)
-    if cloze:
-      branches.append(_text_branch(tokenizer, *cloze))
-  for question, sentence in _questions(documents):
-    branches.append(_asked(rng, tokenizer, question, sentence))
-  branches += [
-      _text_branch(tokenizer, *_sum(rng)) for _ in range(len(branches) // 10)]
+  """Documents, then what they determine, in any order, and sums."""
+  documents = _documents(
+      rng, tokenizer, budget=round(most * rng.uniform(0.25, 0.6)))
+  chooser = random.Random(int(rng.integers(1 << 62)))
+  branches = [
+      _asked(rng, tokenizer, *asked)
+      for asked in questions.ask(documents, chooser, most=_MOST_OF_KIND)]
+  begun = [
+      cloze for sentence in questions.sentences(documents)
+      if (cloze := _cloze(rng, documents, sentence))]
+  begun = chooser.sample(begun, min(len(begun), _MOST_OF_KIND))
+  sums = [_sum(rng) for _ in range(_MOST_OF_KIND // 2)]
+  branches += [_text_branch(tokenizer, *text) for text in begun + sums]
   return rows.Group(
       prompt=chat.context_tokens(documents, tokenizer),
       branches=[branches[i] for i in rng.permutation(len(branches))])
@@ -164,45 +158,48 @@ def _text_branch(
   return _branch(tokenizer.encode(cue), tokenizer.encode(rest))
 
 
-def _questions(
-    documents: Sequence[types.Document],
-) -> Iterator[tuple[str, str]]:
-  """(question about one fact, the sentence that answers it)."""
-  requests: dict[str, list[str]] = {}
-  for document in documents:
-    for request, reply in _EXCHANGE.findall(document.text):
-      requests.setdefault(request, []).append(reply)
-  for request, replies in requests.items():
-    if len(replies) == 1:
-      yield f'Repeat the reply to: {request}', replies[0]
-  for sentence in _sentences(documents):
-    if match := _FACT.fullmatch(sentence):
-      relation = world_lib.RELATIONS.get(match[1])
-      word = relation.question_word if relation else 'What'
-      yield f'{word} is the {match[1]} of {match[2]}?', sentence
-    elif match := _NUMBER.fullmatch(sentence):
-      yield f'How many {match[2]} does {match[1]} hold?', sentence
-    elif match := _KEY.match(sentence):
-      yield f'Follow key {match[1]}.', sentence
-
-
 def _asked(
     rng: np.random.Generator, tokenizer: tokenizer_lib.Tokenizer,
-    question: str, sentence: str,
+    question: str, reasoning: str,
 ) -> rows.Branch:
-  """A question as plain text or as a turn of the chat template."""
+  """A question as plain text, or as a turn that thinks and says no more."""
   if rng.random() < 0.5:
-    cue = chat.turn_tokens(question, tokenizer)
-    return _branch(cue, tokenizer.encode(sentence))
-  return _text_branch(tokenizer, f'\n{question}', f' {sentence}')
+    return _text_branch(tokenizer, f'\n{question}', f' {reasoning}\n')
+  return _branch(chat.turn_tokens(question, tokenizer), [
+      *tokenizer.encode(reasoning),
+      tokenizer.special(tokenizer_lib.THINK_END)])
 
 
 def _documents(
-    rng: np.random.Generator, tokenizer: tokenizer_lib.Tokenizer, most: int
-) -> tuple[types.Document, ...]:
-  """The context of a random task; about half of `most` tokens."""
-  task = _CONTEXTS[rng.integers(len(_CONTEXTS))]
-  length = max(24, most // 2)
+    rng: np.random.Generator, tokenizer: tokenizer_lib.Tokenizer, *,
+    budget: int,
+) -> list[types.Document]:
+  """Documents of several examples, shuffled together.
+
+  Args:
+    rng: of this group.
+    tokenizer: measures lengths.
+    budget: tokens, exceeded only by a single example that has no shorter form.
+
+  Returns:
+    The documents, those of one example in their order.
+  """
+  share = budget // int(rng.integers(1, max(1, budget // _MIN_SHARE) + 1))
+  drawn: list[types.TaskExample] = []
+  while not drawn or budget >= share:
+    drawn.append(_draw(rng, tokenizer, share))
+    budget -= len(chat.render_prompt(drawn[-1], tokenizer))
+  owners = np.repeat(
+      np.arange(len(drawn)), [len(e.documents) for e in drawn])
+  unread = [iter(example.documents) for example in drawn]
+  return [next(unread[i]) for i in rng.permutation(owners)]
+
+
+def _draw(
+    rng: np.random.Generator, tokenizer: tokenizer_lib.Tokenizer, length: int
+) -> types.TaskExample:
+  """An example of a random task with a context of about `length` tokens."""
+  task = pipeline.TASKS[rng.integers(len(pipeline.TASKS))]
   split = pipeline.SplitConfig(
       name='pretrain', names='train', min_tokens=length, max_tokens=length)
   while True:
@@ -211,17 +208,9 @@ def _documents(
         split=split, config=pipeline.SynthConfig(),
         count_tokens=lambda text: len(tokenizer.encode(text)))
     if example is not None:
-      return example.documents
+      return example
     # Too short for this task's smallest context.
     split = dataclasses.replace(split, max_tokens=split.max_tokens + 16)
-
-
-def _sentences(documents: Sequence[types.Document]) -> list[str]:
-  """Everything that ends in a full stop, question marks kept inside."""
-  return [
-      stripped + '.' for document in documents
-      for line in document.text.split('\n') for part in line.split('. ')
-      if (stripped := part.strip().rstrip('.'))]
 
 
 def _cloze(

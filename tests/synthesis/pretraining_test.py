@@ -10,7 +10,7 @@ from longjax.data import tokenizer as tokenizer_lib
 from longjax.synthesis import pipeline, pretraining
 
 ROW_LEN = 512
-MANY = 120
+MANY = 240
 
 
 @pytest.fixture(scope='module')
@@ -83,7 +83,7 @@ def test_groups_fit_into_a_row_and_train_on_something(
 
 
 def test_lengths_are_spread_between_the_bounds(tokenizer):
-  made = groups(tokenizer, 1.0, min_len=64, max_len=256)
+  made = groups(tokenizer, 1.0, min_len=64, row_len=256)
   sizes = [made[i].num_tokens for i in range(200)]
   assert max(sizes) <= 256
   # Log-uniform: about half lie below the geometric mean, 128.
@@ -147,8 +147,7 @@ def asked_in(cue):
   question = question.replace('<think>', '').removesuffix('assistant\n')
   question = question.strip()
   patterns = (
-      r'Repeat the reply to: (?P<request>.*)',
-      r'\w+ is the (?P<relation>\w+) of (?P<of>.+)\?',
+      r'\w+ is the (?P<relation>\w+) of (?P<of>\w+(?: for \w+)?)\?',
       r'How many (?P<thing>\w+) does (?P<holder>\w+) hold\?',
       r'Follow key (?P<key>\w+)\.')
   for pattern in patterns:
@@ -159,9 +158,6 @@ def asked_in(cue):
 
 def statements(context, asked):
   """All sentences of the context that answer, found without our code."""
-  if 'request' in asked:
-    pattern = rf'User: {asked["request"]}\nBot: (.*)'
-    return re.findall(pattern, context)
   if 'relation' in asked:
     pattern = rf'The {asked["relation"]} of {asked["of"]} is \w+\.'
   elif 'thing' in asked:
@@ -169,6 +165,27 @@ def statements(context, asked):
   else:
     pattern = rf'Key {asked["key"]} [^.?]*[.?]'
   return re.findall(pattern, context)
+
+
+# What a reasoning adds to its quotes.
+COMPUTED = re.compile(
+    r'So far \d+\.|[\d +-]+ = -?\d+\.|\w+ is \([A-Z]\)\.')
+
+
+def check_worked(context, cue, response):
+  """Quotes stand in the context; a walk's facts have one value each."""
+  reasoning = response.removesuffix('</think>').strip()
+  for sentence in re.findall(r'[^.?]+[.?]', reasoning):
+    quote = re.sub(r'^(First|Second|Third|Fourth): ', '', sentence.strip())
+    assert COMPUTED.fullmatch(quote) or quote in context, (quote, context)
+  walk = re.search(r'\w+ is the (\w+) of the (\w+) of (\w+)\?', cue)
+  if walk and 'code of' not in cue:
+    last, first, start = walk.groups()
+    (middle,) = set(re.findall(rf'The {first} of {start} is (\w+)\.', context))
+    (end,) = set(re.findall(rf'The {last} of {middle} is (\w+)\.', context))
+    assert reasoning.endswith(f'The {last} of {middle} is {end}.')
+    return 'walk'
+  return 'worked'
 
 
 def test_what_a_page_trains_is_determined_by_the_page(tokenizer, pages):
@@ -187,20 +204,18 @@ def test_what_a_page_trains_is_determined_by_the_page(tokenizer, pages):
       elif asked:
         kinds[next(iter(asked))] += 1
         (statement,) = set(statements(context, asked))
-        assert response.strip().startswith(statement)
-        # A question kept by a key does not end a sentence: what follows it in
-        # the context, or a full stop, belongs to the answer.
-        assert response.strip().removesuffix('.') in context
+        assert response.strip().removesuffix('</think>') == statement
+      elif '?' in cue or 'Repeat the' in cue:
+        kinds[check_worked(context, cue, response)] += 1
       else:
         kinds['cloze'] += 1
         found = [m.start() for m in re.finditer(
             re.escape(cue.strip() + ' '), context)]
         assert len(found) == 1, (cue, context)
-        # The context may wrap up the sentence without its full stop.
-        whole = (cue.strip() + response).removesuffix('.')
-        assert context[found[0]:].startswith(whole)
+        assert context[found[0]:].startswith(cue.strip() + response)
   assert min(kinds[k] for k in (
-      'sum', 'cloze', 'request', 'relation', 'thing', 'key')) >= 5, kinds
+      'sum', 'cloze', 'relation', 'thing', 'key', 'walk',
+      'worked')) >= 5, kinds
 
 
 def test_nothing_but_responses_is_trained_on_and_none_is_long(
@@ -211,7 +226,7 @@ def test_nothing_but_responses_is_trained_on_and_none_is_long(
 
 
 @pytest.mark.parametrize('changes', [
-    {'stream_fraction': 1.5}, {'min_len': 8}, {'min_len': 64, 'max_len': 32}])
+    {'stream_fraction': 1.5}, {'min_len': 8}])
 def test_impossible_mixtures_are_refused(changes):
   with pytest.raises(types.UserError, match='text'):
     pretraining.PretrainingConfig(**changes)
