@@ -16,10 +16,7 @@ add up, and questions about the same documents share a prefix token by token.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-
-import numpy as np
 
 from longjax import types
 from longjax.data import tokenizer as tokenizer_lib
@@ -37,12 +34,10 @@ class Response:
   Attributes:
     thinking: what stands before the last '</think>'.
     answer: what stands after it; '' if the thinking never ended.
-    is_closed: whether '</think>' was written at all.
   """
 
   thinking: str
   answer: str
-  is_closed: bool
 
 
 def render_prompt(
@@ -92,24 +87,9 @@ def turn_tokens(
 def document_tokens(
     document: types.Document, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[int]:
-  """Ids one document adds to a prompt; documents are remembered."""
-  return _document_ids(document, tokenizer).tolist()
-
-
-def count_tokens(
-    document: types.Document, tokenizer: tokenizer_lib.Tokenizer
-) -> int:
-  """Number of ids one document adds to a prompt."""
-  return len(_document_ids(document, tokenizer))
-
-
-# Distractors recur in many prompts. 32-bit ids keep long documents small.
-@functools.lru_cache(maxsize=2048)
-def _document_ids(
-    document: types.Document, tokenizer: tokenizer_lib.Tokenizer
-) -> np.ndarray:
+  """Ids one document adds to a prompt."""
   title = f'[{document.title}]\n' if document.title else ''
-  return np.asarray(tokenizer.encode(f'{title}{document.text}\n'), np.int32)
+  return tokenizer.encode(f'{title}{document.text}\n')
 
 
 def render_response(
@@ -149,5 +129,5 @@ def split_response(text: str) -> Response:
   text = text.removesuffix(tokenizer_lib.TURN_END)
   thinking, tag, answer = text.rpartition(tokenizer_lib.THINK_END)
   if not tag:
-    return Response(thinking=text, answer='', is_closed=False)
-  return Response(thinking=thinking, answer=answer, is_closed=True)
+    return Response(thinking=text, answer='')
+  return Response(thinking=thinking, answer=answer)

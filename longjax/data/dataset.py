@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -79,18 +80,23 @@ def write(
     name: of the data set: lower-case letters, digits and underscores.
 
   Raises:
-    UserError: `directory` exists already, a split is empty, or the disk is
-      full.
+    UserError: `directory` exists already, a split is empty or has a name that
+      TFDS would not read back, or the disk is full.
   """
+  for split in splits:
+    if not re.fullmatch(r'\w+', split) or split == 'all':
+      raise types.UserError(
+          f'a split cannot be named {split!r}; use letters, digits and '
+          "underscores, and not 'all'.")
   path = pathlib.Path(directory)
   if path.exists():
     raise types.UserError(
         f'{path} exists already; delete it to write the data set again.')
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.incomplete')
   shutil.rmtree(temporary, ignore_errors=True)
   version_directory = temporary / name / VERSION
-  version_directory.mkdir(parents=True)
+  with _reporting_full_disk(path, temporary):
+    version_directory.mkdir(parents=True)
   info = tfds.core.DatasetInfo(
       builder=tfds.core.DatasetIdentity(
           name=name, version=tfds.core.Version(VERSION),

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from longjax import config as config_lib
@@ -48,22 +48,15 @@ class _FieldError(Exception):
     super().__init__(f'field {field}: {problem}; {remedy}')
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[types.TaskExample]:
-  """Reads and checks a file of examples; blank lines are skipped.
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[types.TaskExample]:
+  """Reads and checks a file of examples, line by line; blank ones are skipped.
 
   Raises:
-    UserError: 'FILE:LINE: field NAME: problem; remedy' for the first defect.
+    UserError: 'FILE:LINE: field NAME: problem; remedy' at the first defect.
   """
   path = pathlib.Path(path)
-  try:
-    lines = path.read_bytes().split(b'\n')
-  except OSError as e:
-    raise types.UserError(
-        f'{path}: cannot be read ({e.strerror}); give a readable file with '
-        'one JSON object per line.') from e
-  examples: list[types.TaskExample] = []
   line_of_id: dict[str, int] = {}
-  for number, line in enumerate(lines, start=1):
+  for number, line in enumerate(_lines(path), start=1):
     where = f'{path}:{number}'
     if number == 1:
       line = line.removeprefix(b'\xef\xbb\xbf')
@@ -79,11 +72,20 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[types.TaskExample]:
     except _FieldError as e:
       raise types.UserError(f'{where}: {e}.') from e
     line_of_id[example.id] = number
-    examples.append(example)
-  if not examples:
+    yield example
+  if not line_of_id:
     raise types.UserError(
         f'{path}:1: the file is empty; write one JSON object per line.')
-  return examples
+
+
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+  try:
+    with open(path, 'rb') as file:
+      yield from file
+  except OSError as e:
+    raise types.UserError(
+        f'{path}: cannot be read ({e.strerror}); give a readable file with '
+        'one JSON object per line.') from e
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         'save the file as UTF-8; it may be binary or compressed') from e
   try:
     fields = json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as e:
+  except (ValueError, RecursionError) as e:  # An integer may be too long.
     raise _FieldError(
         '(line)', f'is not JSON ({e})',
         'write one JSON object per line') from e
@@ -251,40 +253,38 @@ def _name(value: Any) -> str:
   return names.get(type(value), f'the number {value}')
 
 
-def split_examples(
-    examples: Iterable[types.TaskExample],
+def split_ids(
+    ids: Iterable[str],
     *,
     seed: int,
     fractions: Mapping[str, float] = DEFAULT_FRACTIONS,
-) -> dict[str, list[types.TaskExample]]:
+) -> dict[str, frozenset[str]]:
   """Deals examples out to splits, by their ids alone.
 
   Args:
-    examples: with unique ids; their order changes nothing but the order
-      inside a split.
+    ids: of the examples, unique; their order changes nothing.
     seed: another seed deals differently.
     fractions: share of each split; they add up to 1.
 
   Returns:
-    The examples of each split, in their given order, at least one each.
+    The ids of each split, at least one each.
 
   Raises:
     UserError: fractions that do not add up, or too few examples.
   """
-  examples = list(examples)
   if min(fractions.values(), default=0) <= 0 or abs(
       sum(fractions.values()) - 1) > 1e-6:
     raise types.UserError(
         f'fractions={dict(fractions)} must be positive and add up to 1.')
-  if len(examples) < len(fractions):
+
+  def rank(example_id: str) -> bytes:
+    return hashlib.sha256(f'{seed}:{example_id}'.encode()).digest()
+
+  ranked = sorted(ids, key=rank)
+  if len(ranked) < len(fractions):
     raise types.UserError(
-        f'{len(examples)} examples cannot fill the splits '
+        f'{len(ranked)} examples cannot fill the splits '
         f'{", ".join(fractions)}; give at least {len(fractions)}.')
-
-  def rank(example: types.TaskExample) -> bytes:
-    return hashlib.sha256(f'{seed}:{example.id}'.encode()).digest()
-
-  ranked = [e.id for e in sorted(examples, key=rank)]
   result = {}
   start, share = 0, 0.0
   for number, (split, fraction) in enumerate(fractions.items(), start=1):
@@ -292,7 +292,6 @@ def split_examples(
     # Leaves one at least for each later split.
     most = len(ranked) - (len(fractions) - number)
     end = min(most, max(start + 1, round(share * len(ranked))))
-    chosen = set(ranked[start:end])
-    result[split] = [e for e in examples if e.id in chosen]
+    result[split] = frozenset(ranked[start:end])
     start = end
   return result

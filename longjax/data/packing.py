@@ -137,8 +137,3 @@ def _to_rows(
     ]
     packed.append(rows.pack(renumbered, row_len=row_len, num_rows=1))
   return jax.tree.map(lambda *x: np.concatenate(x), *packed)
-
-
-def padding_share(batch: rows.Rows) -> float:
-  """Share of places without a token, in [0, 1]."""
-  return float(np.mean(np.asarray(batch.meta.group) < 0))

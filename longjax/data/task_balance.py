@@ -1,6 +1,6 @@
 """Batches with the same number of prompts from every task.
 
-Recipe section 5.2 (QwenLong-L1.5, arXiv:2512.12967, Sec. 4.2): each step
+Task-balanced sampling (QwenLong-L1.5, arXiv:2512.12967, Sec. 4.2): each step
 takes floor(P / tasks) prompts per task; the P mod tasks left over go to tasks
 in turn (the reference gives them always to the same ones). Every task has its
 own shuffled queue. A queue's tail is carried over into the next epoch's first

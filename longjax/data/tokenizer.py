@@ -10,6 +10,7 @@ The files lie in a Hugging Face model directory: `tokenizer.model` and
 """
 
 import collections
+import contextlib
 import io
 import json
 import os
@@ -146,7 +147,6 @@ class Tokenizer:
       UserError: they cannot be written.
     """
     path = pathlib.Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     config = {
         'tokenizer_class': 'LlamaTokenizer',
         'add_bos_token': False,
@@ -266,13 +266,15 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
   """Writes under a temporary name, then renames."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, 'wb') as f:
       f.write(content)
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, path)
   except OSError as e:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
     raise types.UserError(
         f'{path} cannot be written ({e.strerror}); make room or choose '
         'another directory.') from e

@@ -85,5 +85,7 @@ def _reward(example: types.TaskExample, answer: str) -> float:
     case 'count':
       return float(any(numeric.is_equal_count(answer, g) for g in golds))
     case _:
-      return mrcr.similarity(
-          answer, golds[0], required_prefix=meta.get('required_prefix', ''))
+      return max(
+          mrcr.similarity(
+              answer, gold, required_prefix=meta.get('required_prefix', ''))
+          for gold in golds)

@@ -2,7 +2,7 @@
 
 A stable hash sends every name ("Dorvan") and code ("a3f") to training,
 validation or test, so nothing a model meets in training occurs in the others.
-Names have two syllables of three letters, drawn from few syllables: a small
+Names have two syllables of three or four letters, drawn from few: a small
 vocabulary writes them in two tokens. Long contexts use up the short
 ones; then names get more syllables and codes more characters.
 """

@@ -234,13 +234,8 @@ def generate(
   """
   rng = random.Random(f'python_lookup/{seed}')
   library = read_library()
-  questions = _questions(library, rng)
-  if num > len(questions):
-    raise types.UserError(
-        f'num={num} is more than the {len(questions)} questions that the '
-        f'standard library gives; use at most {len(questions)}.')
   written = 0
-  for function, fields in questions:
+  for function, fields in _questions(library, rng):
     if written == num:
       return
     documents = [_excerpt(rng, library[function.module], function)]
@@ -260,6 +255,10 @@ def generate(
         'id': f'python-{seed}-{written:06d}', 'task': 'reading', 'kind': 'qa',
         'documents': documents, **fields,
         'instruction': 'Answer with the name or value only.'}
+  if written < num:
+    raise types.UserError(
+        f'num={num} is more than the {written} questions that the standard '
+        f'library gives; use at most {written}.')
 
 
 def write(path: str, *, num: int, seed: int, context_chars: int) -> None:

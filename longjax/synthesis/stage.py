@@ -12,6 +12,7 @@ from typing import Any, Literal
 from longjax import types
 from longjax.data import chat, dataset, documents, prompts
 from longjax.data import tokenizer as tokenizer_lib
+from longjax.reward import hybrid
 from longjax.synthesis import pipeline
 
 # Examples of each task that a tokenizer is trained on.
@@ -61,21 +62,28 @@ class Cap:
   max_len: int
   with_response: bool = False
 
-  def excess(
-      self, example: types.TaskExample, tokenizer: tokenizer_lib.Tokenizer
-  ) -> str:
-    """What is too long, in words; '' if the example fits."""
-    size, what = len(chat.render_prompt(example, tokenizer)), 'prompt'
-    if self.with_response:
+
+def _excess(
+    example: types.TaskExample,
+    caps: Sequence[Cap],
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> str:
+  """What is too long, in words; '' if the example fits all caps."""
+  if not caps:
+    return ''
+  prompt_len = len(chat.render_prompt(example, tokenizer))
+  response_len = len(
+      prompts.demonstration(example, tokenizer, with_reasoning=True))
+  for cap in caps:
+    size, what = prompt_len, 'prompt'
+    if cap.with_response:
       # The last id of the prompt and the first of the response share a place.
-      size += len(prompts.demonstration(
-          example, tokenizer, with_reasoning=True)) - 1
-      what = 'prompt and demonstration'
-    if size <= self.max_len:
-      return ''
-    return (
-        f'example {example.id!r} has a {what} of {size} tokens, more than '
-        f'{self.field}={self.max_len}')
+      size, what = size + response_len - 1, 'prompt and demonstration'
+    if size > cap.max_len:
+      return (
+          f'example {example.id!r} has a {what} of {size} tokens, more than '
+          f'{cap.field}={cap.max_len}')
+  return ''
 
 
 def run(
@@ -119,19 +127,18 @@ def run(
           split, config=config, seed=seed,
           count_tokens=lambda text: len(tokenizer.encode(text))):
         check_stop()
-        for cap in own_caps:
-          if excess := cap.excess(example, tokenizer):
-            raise types.UserError(
-                f'{excess}; raise it, or lower max_tokens={split.max_tokens} '
-                f'of split {split.name!r}.')
+        if excess := _excess(example, own_caps, tokenizer):
+          raise types.UserError(
+              f'{excess}; raise it, or lower max_tokens={split.max_tokens} '
+              f'of split {split.name!r}.')
         yield example
         bar.advance()
 
     dataset.write(directory, {s.name: examples(s) for s in splits})
 
 
-def read_own(path: str) -> list[types.TaskExample]:
-  """A user's file; says how to come by one if there is none.
+def read_own(path: str) -> Iterator[types.TaskExample]:
+  """Reads a user's file; says how to come by one if there is none.
 
   Raises:
     UserError: there is no such file, or see `documents.read_jsonl`.
@@ -149,29 +156,47 @@ def _own(
     stage: SynthStage,
     seed: int,
     tokenizer: tokenizer_lib.Tokenizer,
-    caps: Iterable[Cap],
+    caps: Sequence[Cap],
     log: Callable[[str], None],
-) -> Mapping[str, Sequence[types.TaskExample]]:
-  """The splits of a user's file."""
-  examples = read_own(stage.path)
+) -> Mapping[str, Iterable[types.TaskExample]]:
+  """The splits of a user's file, which is read again for each of them."""
   # Dealing out depends on all ids, so every example must fit everywhere.
-  excess = {
-      e.id: next(filter(None, (c.excess(e, tokenizer) for c in caps)), '')
-      for e in examples}
-  first = next(filter(None, excess.values()), '')
-  num_long = sum(map(bool, excess.values()))
+  fitting: list[str] = []
+  num_long, first = 0, ''
+  for example in read_own(stage.path):
+    _check_answer(example, stage.path)
+    if excess := _excess(example, caps, tokenizer):
+      num_long += 1
+      first = first or excess
+    else:
+      fitting.append(example.id)
+  num_examples = len(fitting) + num_long
   if num_long and not stage.drop_too_long:
     raise types.UserError(
-        f'{stage.path}: {num_long} of {len(examples)} examples are too long; '
+        f'{stage.path}: {num_long} of {num_examples} examples are too long; '
         f'{first}. Raise it, shorten them, or leave them out with '
         'drop_too_long=true in the synth stage.')
   if num_long:
-    log(f'{stage.path}: left out {num_long} of {len(examples)} examples as '
+    log(f'{stage.path}: left out {num_long} of {num_examples} examples as '
         f'too long, first: {first}.')
-  parts = dict(documents.split_examples(
-      [e for e in examples if not excess[e.id]], seed=seed))
-  train = parts.pop('train')
-  return {'sft': train, 'rl': train, **parts}
+  ids = documents.split_ids(fitting, seed=seed)
+
+  def chosen(split: str) -> Iterator[types.TaskExample]:
+    return (e for e in read_own(stage.path) if e.id in ids[split])
+
+  return {name: chosen('train' if name in ('sft', 'rl') else name)
+          for name in stage.splits()}
+
+
+def _check_answer(example: types.TaskExample, path: str) -> None:
+  """Refuses an example whose own answer its rule would not reward."""
+  answer = prompts.answer_text(example)
+  cue = '' if example.kind == 'mrcr' else f'{chat.ANSWER_CUE} '
+  if hybrid.score(example, cue + answer, think='none').reward == 0.0:
+    raise types.UserError(
+        f'{path}: example {example.id!r}: its answer {answer[:40]!r} earns '
+        f'nothing by the rule of kind {example.kind!r}; reword it or choose '
+        'another kind.')
 
 
 def tokenizer_texts(stage: SynthStage | None, *, seed: int) -> Iterator[str]:

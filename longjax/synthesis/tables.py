@@ -6,7 +6,7 @@ CorpusQA-like pipeline of QwenLong-L1.5, arXiv:2512.12967, Sec. 3). Ties and
 empty results are redrawn.
 """
 
-import functools
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 
@@ -17,24 +17,17 @@ from longjax.synthesis import world as world_lib
 OPERATIONS = ('total', 'difference', 'count', 'most')
 
 
-@functools.cache
-def _connection() -> sqlite3.Connection:
-  connection = sqlite3.connect(':memory:', check_same_thread=False)
-  connection.execute('CREATE TABLE facts (subject TEXT, relation TEXT, value)')
-  return connection
-
-
 def execute(facts: Sequence[world_lib.Fact], sql: str) -> int | None:
   """Runs a query over a table `facts(subject, relation, value)`."""
   rows = [
       (fact.subject, fact.relation,
        int(fact.value) if fact.relation in world_lib.ITEMS else fact.value)
       for fact in facts]
-  connection = _connection()
-  with connection:
-    connection.execute('DELETE FROM facts')
+  with contextlib.closing(sqlite3.connect(':memory:')) as connection:
+    connection.execute(
+        'CREATE TABLE facts (subject TEXT, relation TEXT, value)')
     connection.executemany('INSERT INTO facts VALUES (?, ?, ?)', rows)
-  return connection.execute(sql).fetchone()[0]
+    return connection.execute(sql).fetchone()[0]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -89,7 +82,7 @@ def _derivation(
 def _draw_facts(
     world: world_lib.World, operation: str, num_entities: int
 ) -> tuple[list[world_lib.Fact], str]:
-  """Facts to aggregate, without ties, and the value counted, if any."""
+  """Facts to aggregate, no tie for the most, and the value counted, if any."""
   names = [world.name() for _ in range(num_entities)]
   if operation == 'count':
     value = world.rng.choice(world_lib.COLORS)
@@ -102,7 +95,7 @@ def _draw_facts(
   else:
     value, relation = '', world.rng.choice(world_lib.ITEMS)
     values = [world.number() for _ in names]
-    while operation != 'total' and len(set(values)) < len(values):
+    while operation != 'total' and values.count(max(values, key=int)) > 1:
       values = [world.number() for _ in names]
     if operation == 'difference':
       values.sort(key=int, reverse=True)

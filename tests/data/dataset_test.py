@@ -112,6 +112,19 @@ def test_an_empty_split_is_refused(tmp_path):
   assert not (tmp_path / 'set').exists()
 
 
+@pytest.mark.parametrize('split', ['all', 'a b', 'a+b', 'a[', 'a.b', ''])
+def test_a_split_that_could_not_be_read_back_is_refused(tmp_path, split):
+  with pytest.raises(types.UserError, match='cannot be named'):
+    dataset.write(tmp_path / 'set', {split: [make_example()]})
+  assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_reported(tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(types.UserError, match='set cannot be written'):
+    dataset.write(tmp_path / 'file' / 'set', {'train': [make_example()]})
+
+
 def test_a_missing_split_names_those_there_are(tmp_path):
   dataset.write(
       tmp_path / 'set', {'train': [make_example()], 'test': [make_example()]})

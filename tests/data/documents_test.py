@@ -72,6 +72,7 @@ DEFECTS = {
     'too deep': ('[' * 100_000, r'\(line\): is not JSON'),
     'not an object': ('[1]', r'\(line\): is a list'),
     'a number': ('NaN', r'\(line\): is the number nan'),
+    'an endless number': ('9' * 5000, r'\(line\): is not JSON \(Exceeds'),
     'no documents': (without('documents'), 'documents: is missing'),
     'no question': (without('question'), 'question: is missing'),
     'no answers': (without('answers'), 'answers: is missing'),
@@ -133,7 +134,7 @@ def test_a_defect_names_file_line_and_field(tmp_path, name):
   path = write(tmp_path, GOOD, '', line, GOOD)
   with pytest.raises(
       types.UserError, match=rf'own\.jsonl:3: field {problem}') as caught:
-    documents.read_jsonl(path)
+    list(documents.read_jsonl(path))
   assert '\n' not in str(caught.value)
   assert ';' in str(caught.value)
 
@@ -142,7 +143,7 @@ def test_a_repeated_id_names_both_lines(tmp_path):
   path = write(tmp_path, GOOD | dict(id='a'), GOOD, GOOD | dict(id='a'))
   with pytest.raises(
       types.UserError, match=r":3: field id: 'a' was used on line 1"):
-    documents.read_jsonl(path)
+    list(documents.read_jsonl(path))
 
 
 @pytest.mark.parametrize('content', [b'', b'\n \n', b'\xef\xbb\xbf\n'])
@@ -150,63 +151,58 @@ def test_an_empty_file_is_refused(tmp_path, content):
   path = tmp_path / 'own.jsonl'
   path.write_bytes(content)
   with pytest.raises(types.UserError, match=r'own.jsonl:1: .*empty'):
-    documents.read_jsonl(path)
+    list(documents.read_jsonl(path))
 
 
 def test_a_binary_file_is_refused(tmp_path):
   path = tmp_path / 'own.jsonl'
   path.write_bytes(b'\x1f\x8b\x08\x00\xff\xfe\x00\n')
   with pytest.raises(types.UserError, match=r'own.jsonl:1: .*not UTF-8'):
-    documents.read_jsonl(path)
+    list(documents.read_jsonl(path))
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path):
   with pytest.raises(types.UserError, match=r'no.jsonl: cannot be read'):
-    documents.read_jsonl(tmp_path / 'no.jsonl')
+    list(documents.read_jsonl(tmp_path / 'no.jsonl'))
   with pytest.raises(types.UserError, match=r'cannot be read .*directory'):
-    documents.read_jsonl(tmp_path)
+    list(documents.read_jsonl(tmp_path))
 
 
-def make_examples(num):
-  return [types.TaskExample(
-      id=f'{i}', task='reading', kind='qa', documents=(), question='?',
-      answers=('a',)) for i in range(num)]
+def test_lines_are_read_one_at_a_time(tmp_path):
+  examples = documents.read_jsonl(write(tmp_path, GOOD, '{"torn'))
+  assert next(examples).id == 'own-1'
+  with pytest.raises(types.UserError, match=r':2: field \(line\): is not JSON'):
+    next(examples)
 
 
-def ids(splits):
-  return {name: [e.id for e in part] for name, part in splits.items()}
+def make_ids(num):
+  return [f'own-{i}' for i in range(num)]
 
 
-def test_splits_share_nothing_and_keep_the_order():
-  examples = make_examples(205)
-  splits = ids(documents.split_examples(examples, seed=0))
+def test_splits_share_nothing_and_leave_nothing_out():
+  splits = documents.split_ids(make_ids(205), seed=0)
   assert {k: len(v) for k, v in splits.items()} == {
       'train': 164, 'validation': 20, 'test': 21}
   dealt = itertools.chain(*splits.values())
-  assert sorted(dealt) == sorted(e.id for e in examples)
-  for part in splits.values():
-    assert part == sorted(part, key=int)
+  assert sorted(dealt) == sorted(make_ids(205))
 
 
 def test_splits_depend_on_the_ids_and_the_seed_alone():
-  examples = make_examples(60)
-  splits = ids(documents.split_examples(examples, seed=3))
-  backwards = ids(documents.split_examples(examples[::-1], seed=3))
-  assert {k: v[::-1] for k, v in backwards.items()} == splits
-  assert ids(documents.split_examples(examples, seed=4)) != splits
+  splits = documents.split_ids(make_ids(60), seed=3)
+  assert documents.split_ids(iter(make_ids(60)[::-1]), seed=3) == splits
+  assert documents.split_ids(make_ids(60), seed=4) != splits
 
 
 @pytest.mark.parametrize('num', [3, 4, 5, 9])
 def test_every_split_has_an_example(num):
-  splits = documents.split_examples(make_examples(num), seed=1)
+  splits = documents.split_ids(make_ids(num), seed=1)
   assert all(splits.values())
   assert sum(map(len, splits.values())) == num
 
 
 def test_impossible_splits_are_refused():
   with pytest.raises(types.UserError, match=r'2 examples cannot fill .*train'):
-    documents.split_examples(make_examples(2), seed=0)
+    documents.split_ids(make_ids(2), seed=0)
   for fractions in ({'a': 0.5}, {'a': 1.2, 'b': -0.2}, {}):
     with pytest.raises(types.UserError, match='add up to 1'):
-      documents.split_examples(
-          make_examples(9), seed=0, fractions=fractions)
+      documents.split_ids(make_ids(9), seed=0, fractions=fractions)

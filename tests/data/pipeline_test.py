@@ -74,12 +74,11 @@ def assert_equal_batches(a, b):
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize('questions_each', [1, 3])
-def test_every_response_follows_its_own_prompt(tokenizer, questions_each):
-  examples = make_examples(8, questions_each)
+def test_every_response_follows_its_own_prompt(tokenizer):
+  examples = make_examples(8, 3)
   by_prompt = {
       tuple(chat.render_prompt(e, tokenizer)): e for e in examples}
-  config = make_config(questions_per_context=questions_each, lookahead=1)
+  config = make_config(lookahead=1)
   iterator = iter(pipeline.sft_batches(examples, tokenizer, config=config))
   seen = collections.Counter()
   for batch in take(iterator, 12):
@@ -108,30 +107,6 @@ def test_nothing_but_responses_is_trained(tokenizer):
     assert batch.loss_mask.sum() == num_trained
 
 
-def test_shared_contexts_are_stored_once(tokenizer):
-  examples = make_examples(4, 3)
-  tokens = {}
-  for most in (1, 3):
-    iterator = iter(pipeline.sft_batches(
-        examples, tokenizer,
-        config=make_config(questions_per_context=most, row_len=400)))
-    batch = next(iterator)
-    count = int((batch.meta.group >= 0).sum())
-    tokens[most] = count / len(sequences(batch))
-  assert tokens[3] < 0.7 * tokens[1]
-
-
-def test_a_shared_context_never_outgrows_the_row(tokenizer):
-  examples = make_examples(1, 40)
-  iterator = iter(pipeline.sft_batches(
-      examples, tokenizer,
-      config=make_config(questions_per_context=40, row_len=200)))
-  found = set()
-  for batch in take(iterator, 12):
-    found |= {tuple(p) for p, _ in sequences(batch).values()}
-  assert len(found) == 40
-
-
 @pytest.mark.parametrize('fraction', [0.0, 0.35, 1.0])
 def test_the_share_of_reasoning_is_kept(tokenizer, fraction):
   iterator = iter(pipeline.sft_batches(
@@ -157,11 +132,9 @@ def test_epochs_and_seeds_change_the_order(tokenizer):
   assert len({str(tokens) for tokens in first(1)}) == 6
 
 
-@pytest.mark.parametrize('questions', [1, 3])
 @pytest.mark.parametrize('num_before', [0, 1, 2, 7, 20])
-def test_a_restored_iterator_continues_bit_for_bit(
-    tokenizer, num_before, questions):
-  config = make_config(questions_per_context=questions)
+def test_a_restored_iterator_continues_bit_for_bit(tokenizer, num_before):
+  config = make_config()
 
   def fresh():
     return iter(pipeline.sft_batches(
@@ -208,16 +181,8 @@ def test_rows_are_well_filled(tokenizer):
   iterator = iter(pipeline.sft_batches(
       make_examples(60), tokenizer,
       config=make_config(num_rows=8, row_len=256)))
-  shares = [packing.padding_share(b) for b in take(iterator, 20)]
+  shares = [np.mean(b.meta.group < 0) for b in take(iterator, 20)]
   assert np.mean(shares) < 0.1
-
-
-def test_the_padding_share_counts_empty_places():
-  batch = rows.pack(
-      [rows.Group(prompt=[1, 2], branches=[
-          rows.Branch(response=[3, 4], trajectory=0)])],
-      row_len=6, num_rows=2)
-  assert packing.padding_share(batch) == pytest.approx(9 / 12)
 
 
 def test_an_example_longer_than_a_row_is_named(tokenizer):
@@ -246,7 +211,6 @@ def test_a_state_of_other_sizes_is_refused(tokenizer):
     (dict(num_rows=0), 'num_rows=0'),
     (dict(row_len=-1), 'row_len=-1'),
     (dict(lookahead=0), 'lookahead=0'),
-    (dict(questions_per_context=0), 'questions_per_context=0'),
     (dict(reasoning_fraction=1.5), 'reasoning_fraction=1.5'),
     (dict(seed=-1), 'seed=-1'),
 ])

@@ -158,6 +158,12 @@ def test_a_model_without_the_special_tokens_is_refused(tmp_path):
     tokenizer_lib.load(tmp_path)
 
 
+def test_a_place_that_cannot_be_written_is_reported(tmp_path, tokenizer):
+  (tmp_path / 'file').touch()
+  with pytest.raises(types.UserError, match=r'tokenizer\.model cannot be wri'):
+    tokenizer.save(tmp_path / 'file' / 'deeper')
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path, tokenizer, monkeypatch):
   tokenizer.save(tmp_path)
   before = (tmp_path / 'tokenizer.model').read_bytes()

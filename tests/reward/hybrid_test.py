@@ -47,7 +47,7 @@ def test_a_right_answer_after_thinking_scores_one(kind, answer):
   assert got.rule == kind
 
 
-# Recipe section 6: what earlier verifiers let pass.
+# What earlier verifiers let pass.
 @pytest.mark.parametrize('kind, answer', [
     ('qa', 'the'),  # Normalises to nothing, which is inside every gold.
     ('qa', ''),
@@ -141,6 +141,12 @@ def test_mrcr_grades_the_whole_text_after_thinking():
   assert 0.0 < part < 1.0
   assert reward('mrcr', '</think>The river keeps the names of stones.') == 0.0
   assert reward('mrcr', '</think>') == 0.0
+
+
+def test_mrcr_takes_the_most_similar_of_several_golds():
+  golds = ('Something else.', *GOLDS['mrcr'])
+  text = '</think>k3Jd9The river keeps the names of stones.'
+  assert reward('mrcr', text, answers=golds) == 1.0
 
 
 def test_lists_are_ordered_only_if_the_example_says_so():

@@ -1,5 +1,6 @@
 """Context extension."""
 
+import dataclasses
 import itertools
 import random
 import time
@@ -7,6 +8,8 @@ import time
 import pytest
 
 from longjax import types
+from longjax.data import chat
+from longjax.data import tokenizer as tokenizer_lib
 from longjax.synthesis import (
     dialogue,
     distractors,
@@ -43,6 +46,27 @@ def test_the_target_is_reached_and_never_exceeded(generate, target_tokens):
                 for d in example.documents)
   assert target_tokens - largest < used <= target_tokens
   assert not verify.problems(example)
+
+
+@pytest.mark.parametrize('generate', [
+    knowledge_graph.generate, dialogue.generate])
+def test_lengths_are_measured_on_the_text_of_the_prompt(generate, tmp_path):
+  example = extended(draft(generate), 200)
+  tokenizer = tokenizer_lib.train(
+      map(distractors.render_document, example.documents), vocab_size=360,
+      directory=tmp_path)
+  for document in example.documents:
+    text = distractors.render_document(document)
+    assert chat.document_tokens(document, tokenizer) == tokenizer.encode(text)
+  asked = tokenizer.encode(distractors.render_question(example))
+  assert chat.question_tokens(example, tokenizer)[:len(asked)] == asked
+  turn = chat.render_prompt(
+      dataclasses.replace(example, documents=(), question='', instruction=''),
+      tokenizer)
+  # The line break before the question is counted with it.
+  assert len(chat.render_prompt(example, tokenizer)) == (
+      distractors.context_tokens(example, lambda t: len(tokenizer.encode(t)))
+      + len(turn) - len(tokenizer.encode('\n')))
 
 
 def test_a_target_below_the_core_adds_nothing():

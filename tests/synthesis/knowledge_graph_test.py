@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 
 import pytest
 
@@ -65,6 +66,17 @@ def test_queries_ignore_other_people_and_other_items(operation, expected):
            Fact(subject='A', relation='bells', value='8')]
   _, sql = tables._query(operation, ['A', 'B'], 'ropes', '')
   assert tables.execute(facts, sql) == expected
+
+
+def test_more_people_than_numbers_still_have_one_most():
+  # Numbers are 2 to 9, so some of nine people must hold as many.
+  for seed in range(20):
+    draft = tables.generate(
+        world_lib.World('train', random.Random(seed)), example_id='x',
+        operations=['most'], entities_max=9)
+    numbers = re.findall(r'holds (\d+) \w+\.', draft.example.reasoning)
+    assert draft.example.answers == (max(numbers),)
+    assert numbers.count(max(numbers)) == 1
 
 
 def test_counting_compares_words():

@@ -102,7 +102,7 @@ def test_the_command_writes_a_file_that_the_reader_accepts(tmp_path):
       [sys.executable, '-m', 'longjax.synthesis.python_lookup',
        f'--output={path}', '--num=200'], check=True,
       cwd=pathlib.Path(__file__).parents[2])
-  examples = documents.read_jsonl(path)
+  examples = list(documents.read_jsonl(path))
   assert len({example.question for example in examples}) == 200
   assert [p.name for p in path.parent.iterdir()] == ['lookup.jsonl']
   for example in examples:

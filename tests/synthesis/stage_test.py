@@ -1,12 +1,14 @@
 """Tests for a user's own examples in longjax.synthesis.stage."""
 
+import json
 import pathlib
 
 import pytest
 
 from longjax import types
-from longjax.data import chat, dataset
+from longjax.data import chat, dataset, documents
 from longjax.data import tokenizer as tokenizer_lib
+from longjax.reward import hybrid
 from longjax.synthesis import python_lookup
 from longjax.synthesis import stage as stage_lib
 
@@ -62,6 +64,23 @@ def test_examples_that_are_too_long_are_an_error_or_left_out(made, tmp_path):
   kept = [e for name in ('rl', 'validation', 'test')
           for e in dataset.read(tmp_path / 'b', name)]
   assert 0 < len(kept) == 60 - num_long < 60
+
+
+@pytest.mark.parametrize('kind, answer', [
+    ('numeric', 'between 5 and 6'), ('count', '7 or 8'),
+    ('list', ['Oslo, in Norway; east', 'Bergen'])])
+def test_an_answer_that_its_own_rule_rejects_is_refused(
+    made, tmp_path, kind, answer):
+  path = tmp_path / 'own.jsonl'
+  fields = dict(documents=['Text.'], question='?', answers=answer, kind=kind)
+  path.write_text(json.dumps(fields))
+  with pytest.raises(
+      types.UserError, match=f"'own-1': its answer .*kind '{kind}'"):
+    write(path, tmp_path / 'data', made[1])
+
+
+def test_every_kind_that_may_be_given_can_be_graded():
+  assert set(documents.KINDS) == set(hybrid.KINDS)
 
 
 def test_a_file_that_is_not_there_names_the_command_that_makes_one(
