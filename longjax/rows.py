@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -231,8 +230,3 @@ def _write_group(
     rows.trajectory[row, first:end] = branch.trajectory
     rows.response_index[row, first:end] = np.arange(len(branch.response))
   return end
-
-
-def num_padding(rows: Rows) -> jax.Array:  # i32[]
-  """Number of places that hold no token."""
-  return jnp.sum(rows.meta.group < 0)

@@ -38,6 +38,10 @@ class ModelConfig:
       if field.type is int and getattr(self, field.name) < 1:
         raise types.UserError(
             f'model.{field.name}={getattr(self, field.name)} must be >= 1.')
+    for name in ('rope_theta', 'norm_epsilon'):
+      if not getattr(self, name) > 0.0:
+        raise types.UserError(
+            f'model.{name}={getattr(self, name)} must be positive.')
     if self.num_heads % self.num_kv_heads:
       raise types.UserError(
           f'model.num_heads={self.num_heads} is not a multiple of '

@@ -7,7 +7,8 @@ Backward: Algorithm 2, from the saved output and log-sum-exp.
 We differ in what is visited. The mask is not causal order but
 `rows.visible`, so each query block first lists the key blocks whose ranges of
 group, branch and position overlap its own, and loops over that list only; the
-length of the loop is data, so skipped blocks cost nothing at run time. Rows
+length of the loop is data, so skipped blocks cost nothing at run time but
+their entry in the lists: one integer for each pair of blocks of a row. Rows
 are visited one after another: under `vmap` the loops of all rows would run as
 long as the longest.
 

@@ -14,6 +14,7 @@ one chunk at a time. The backward pass computes them again:
 B rows, T positions, D model, V vocabulary, M = B * T tokens, C tokens a chunk.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -88,16 +89,17 @@ def logprobs_and_entropy(
   targets, mask = jnp.asarray(targets), jnp.asarray(mask)
   return _score(
       jnp.asarray(hidden), jnp.asarray(head), targets, mask,
-      _Settings(float(temperature), chunk_len, rules))
+      _Settings(
+          temperature=float(temperature), chunk_len=chunk_len, rules=rules))
 
 
-@struct.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Settings:
   """What is static: hashable, for `custom_vjp`."""
 
-  temperature: float = struct.field(pytree_node=False)
-  chunk_len: int = struct.field(pytree_node=False)
-  rules: rules_lib.Rules | None = struct.field(pytree_node=False)
+  temperature: float
+  chunk_len: int
+  rules: rules_lib.Rules | None
 
   def axes(self, *logical: str) -> tuple[str, ...]:
     """Mesh axes of size > 1 behind logical axes."""

@@ -4,13 +4,13 @@ Qwen3 (arXiv:2505.09388): pre-norm residual blocks, grouped-query attention
 with RMS-normalised queries and keys, rotary positions, SwiGLU. Layers are
 stacked on a leading axis and scanned, so compile time does not grow with depth.
 
-One `block` serves training, prefill and decoding; they differ by the `attend`
-function they hand it. Flax Linen only names, shapes and initialises
-parameters (`Transformer`); everything else takes the tree as an argument.
+One `block` serves training, prefill and decoding (`incremental`); they differ
+by the `attend` function they hand it. Flax Linen only names, shapes and
+initialises parameters (`Transformer`); everything else takes the tree as an
+argument.
 
 Shapes: B rows, T positions, S prefix positions, V vocabulary, D model, F ffn,
-N query heads, K KV heads, H head size, L layers, P prompts, G rollouts per
-prompt, R response slots.
+N query heads, K KV heads, H head size, L layers, P prompts.
 """
 
 import enum
@@ -266,106 +266,3 @@ def prefill(
       remat=Remat.NONE, keep_cache=True)
   assert cache is not None
   return cache
-
-
-def decode_step(
-    params: types.Params,
-    tokens: jax.Array,  # i32[P, G]
-    prefix: KeyValues,  # f[L, P, S, K, H]
-    prefix_meta: rows.TokenMeta,  # i32[P, S]
-    suffix: KeyValues,  # f[L, P, G, R, K, H]
-    slot: jax.Array,  # i32[]
-    first_position: jax.Array,  # i32[P]
-    *,
-    config: architecture.ModelConfig,
-    rules: rules_lib.Rules,
-) -> tuple[jax.Array, KeyValues]:
-  """Reads one token of each of P * G samples.
-
-  The G samples of a prompt attend to one copy of its keys and values: they
-  are G queries of the same row. Attention to the sample's own tokens is
-  computed apart and merged by log-sum-exp.
-
-  Args:
-    params: the parameter tree.
-    tokens: the token each sample reads.
-    prefix: shared keys and values of the prompts.
-    prefix_meta: who the prefix tokens are; branch 0.
-    suffix: the samples' own keys and values; slots below `slot` are filled.
-    slot: how many tokens each sample has read before this one.
-    first_position: position of the samples' first token (slot 0).
-    config: sizes.
-    rules: logical axes to mesh axes.
-
-  Returns:
-    Normalised hidden states f32[P, G, D] and `suffix` with `slot` written.
-  """
-  dims = chex.Dimensions()
-  dims['PG'] = tokens.shape
-  dims['LPGRKH'] = suffix.key.shape
-  chex.assert_shape(first_position, dims['P'])
-  own = _suffix_meta(first_position, dims)
-  position = jnp.broadcast_to(first_position[:, None] + slot, dims['PG'])
-  query_meta = rows.TokenMeta(
-      group=jnp.zeros_like(position),
-      branch=jnp.ones_like(position),
-      position=position)
-  angle = rope.angles(
-      position, head_dim=config.head_dim, theta=config.rope_theta)
-
-  def step(x, layer_and_caches):
-    layer, prefix_kv, suffix_kv = layer_and_caches
-
-    def attend(q, k, v):
-      written = KeyValues(
-          key=_write_slot(suffix_kv.key, k, slot),
-          value=_write_slot(suffix_kv.value, v, slot))
-      shared_out, shared_lse = attention.attention(
-          q, prefix_kv.key, prefix_kv.value, query_meta, prefix_meta,
-          backend='reference', rules=rules)
-      own_out, own_lse = attention.attention(
-          _one_row_a_sample(q[:, :, None]),
-          _one_row_a_sample(written.key), _one_row_a_sample(written.value),
-          jax.tree.map(lambda m: m.reshape(-1, 1), query_meta), own,
-          backend='reference', rules=rules)
-      out, _ = attention.merge(
-          shared_out, shared_lse,
-          own_out.reshape(q.shape), own_lse.reshape(q.shape[:-1]))
-      return out, written
-
-    return block(layer, x, angle, attend, epsilon=config.norm_epsilon)
-
-  x = jnp.take(params['embedding'], tokens, axis=0)
-  x, suffix = jax.lax.scan(step, x, (params['layers'], prefix, suffix))
-  hidden = rms_norm(x, params['final_norm'], epsilon=config.norm_epsilon)
-  return hidden, suffix
-
-
-def _suffix_meta(
-    first_position: jax.Array,  # i32[P]
-    dims: chex.Dimensions,
-) -> rows.TokenMeta:  # i32[P * G, R]
-  """Metadata of the samples' own slots, one row a sample.
-
-  Slots not yet written lie at later positions than the query, so the one
-  visibility rule hides them.
-  """
-  position = first_position[:, None, None] + jnp.arange(dims.R)[None, None]
-  position = jnp.broadcast_to(position, dims['PGR']).reshape(-1, dims.R)
-  return rows.TokenMeta(
-      group=jnp.zeros_like(position),
-      branch=jnp.ones_like(position),
-      position=position)
-
-
-def _write_slot(
-    cache: jax.Array,  # f[P, G, R, K, H]
-    new: jax.Array,  # f[P, G, K, H]
-    slot: jax.Array,  # i32[]
-) -> jax.Array:
-  return jax.lax.dynamic_update_index_in_dim(cache, new, slot, axis=2)
-
-
-def _one_row_a_sample(x: jax.Array) -> jax.Array:
-  """[P, G, ...] -> [P * G, ...]."""
-  return x.reshape(-1, *x.shape[2:])

@@ -29,7 +29,6 @@ TRAIN: Table = {
     'kv_heads': ('tensor',),
     'ffn': ('tensor',),
     'layers': (),
-    'head_dim': (),
 }
 
 # Decoding reads every weight once a token: gathering them over fsdp each step

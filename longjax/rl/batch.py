@@ -67,7 +67,8 @@ class Plan:
     keep: bool[N], False where AEPO removed the gradient.
     token_weights: f32[N, R], loss weight of each token: one over the
       denominator, 0 where masked.
-    is_applied: bool[], False if nothing was kept and the step is skipped.
+    is_applied: bool[M], for each mini-batch: False if nothing of it was kept
+      and its step is skipped.
     metrics: f32[] each.
   """
 
@@ -160,13 +161,17 @@ def plan(
       'advantage/negative_total': balance.negative_total,
       'advantage/positive_rows': balance.positive_rows.mean(),
       'advantage/zero_groups': output.frac_zero_groups,
+      'advantage/singleton_groups': output.num_singleton_groups,
       'advantage/fallbacks': output.num_fallbacks,
       'length/mean': jnp.sum(lengths) / jnp.maximum(jnp.sum(valid), 1),
   }
   return Plan(
       aepo=aepo, advantages=output.advantages, keep=keep,
       token_weights=weights[:, None] * keep_tokens * mask,
-      is_applied=~entropy_control.is_skipped(aepo, keep, valid),
+      is_applied=~jax.vmap(
+          functools.partial(entropy_control.is_skipped, aepo))(
+              keep.reshape(num_minibatches, -1),
+              valid.reshape(num_minibatches, -1)),
       metrics=metrics)
 
 

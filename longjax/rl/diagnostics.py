@@ -200,20 +200,3 @@ def entropies(
       result[agg + suffix] = entropy_control.batch_entropy(
           values, mask, agg=agg)
   return result
-
-
-def mean_by(
-    values: jax.Array,  # f32[N]
-    ids: jax.Array,  # i32[N]
-    valid: jax.Array,  # bool[N]
-    *,
-    num_ids: int,
-) -> reductions.Average:  # f32[num_ids] each
-  """Means per id, e.g. rewards or entropies per task."""
-  chex.assert_equal_shape([values, ids, valid])
-  ids = jnp.where(valid, ids, num_ids)  # Out of range: dropped.
-  return reductions.Average(
-      total=jax.ops.segment_sum(
-          jnp.where(valid, values, 0.0).astype(jnp.float32), ids, num_ids),
-      count=jax.ops.segment_sum(valid.astype(jnp.float32), ids, num_ids),
-  )

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from longjax import rows, types
-from longjax.model import architecture, attention, head, transformer
+from longjax.model import (
+    architecture,
+    attention,
+    head,
+    incremental,
+    transformer,
+)
 from longjax.parallel import rules as rules_lib
 from longjax.rollout import token_sampling
 
@@ -174,7 +180,7 @@ def generate(
                      in_axes=(0, None))
 
   def body(carry: _Carry) -> _Carry:
-    hidden, suffix = transformer.decode_step(
+    hidden, suffix = incremental.decode_step(
         params, carry.token, prefix, meta, carry.suffix, carry.step,
         jnp.maximum(batch.lengths - 1, 0), config=config, rules=rules)
     drawn = token_sampling.sample(

@@ -100,20 +100,18 @@ class Engine:
     """
     if not prompts:
       raise ValueError('there is no prompt to sample from.')
-    parts, order = [], []
+    parts = []
     for indices, batch in self._batches(prompts):
       rollouts = self._generate(params, batch, key, num_samples=num_samples)
-      parts.append(jax.tree.map(lambda x: np.asarray(x), rollouts))
-      order.append((indices, len(parts) - 1))
-    first = parts[0]
+      parts.append((indices, jax.device_get(rollouts)))
     out = jax.tree.map(
-        lambda x: np.zeros((len(prompts), *x.shape[1:]), x.dtype), first)
-    for indices, part in order:
+        lambda x: np.zeros((len(prompts), *x.shape[1:]), x.dtype), parts[0][1])
+    for indices, part in parts:
 
       def put(destination, source, indices=indices):
         destination[indices] = source[:len(indices)]
 
-      jax.tree.map(put, out, parts[part])
+      jax.tree.map(put, out, part)
     return out
 
   def _batches(

@@ -16,8 +16,7 @@ class Sampled:
     token: i32[...].
     logprob: f32[...] nats, under the tempered distribution before nucleus
       truncation. The trainer does not renormalise over the nucleus, so
-      anything else would bias the importance ratio by the nucleus mass
-      (recipe, Sec. 1).
+      anything else would bias the importance ratio by the nucleus mass.
     entropy: f32[...] nats, of the same distribution over all of V.
     entropy_t1: f32[...] nats, at temperature 1.
   """

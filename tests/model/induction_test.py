@@ -19,26 +19,40 @@ def fresh(config=CONFIG):
   return jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
 
 
-def weight_on_previous_token(params):
-  """Attention weights of layer 0's first head one token back; f[T - 1]."""
-  tokens = np.random.default_rng(0).permutation(CONFIG.vocab_size)[:48]
-  layer = {name: x[0] for name, x in params['layers'].items()}
+def attention_weights(params):
+  """Of 24 distinct tokens said twice: f[layer, head, query, key]."""
+  tokens = np.tile(
+      np.random.default_rng(0).permutation(CONFIG.vocab_size)[:24], 2)
+  position = jnp.arange(48)[None]
   angle = rope.angles(
-      jnp.arange(48)[None], head_dim=CONFIG.head_dim, theta=CONFIG.rope_theta)
-  seen = {}
+      position, head_dim=CONFIG.head_dim, theta=CONFIG.rope_theta)
+  collected = []
 
   def attend(q, k, v):
-    seen.update(q=np.asarray(q[0, :, 0]), k=np.asarray(k[0, :, 0]))
-    return jnp.zeros_like(q), None
+    k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))  # N / K heads share.
+    scores = jnp.einsum('bqnh,bsnh->bnqs', q, k) / CONFIG.head_dim**0.5
+    weights = jax.nn.softmax(
+        jnp.where(jnp.tri(48, dtype=bool)[None, None], scores, -jnp.inf))
+    collected.append(weights[0])
+    return jnp.einsum('bnqs,bsnh->bqnh', weights, v), None
 
-  transformer.block(
-      layer, params['embedding'][tokens][None], angle, attend,
-      epsilon=CONFIG.norm_epsilon)
-  scores = seen['q'] @ seen['k'].T / CONFIG.head_dim**0.5
-  scores[np.triu_indices(48, 1)] = -np.inf
-  weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-  weights /= weights.sum(axis=1, keepdims=True)
-  return np.diagonal(weights, -1)
+  x = params['embedding'][tokens][None]
+  for i in range(CONFIG.num_layers):
+    layer = {name: values[i] for name, values in params['layers'].items()}
+    x, _ = transformer.block(
+        layer, x, angle, attend, epsilon=CONFIG.norm_epsilon)
+  return np.asarray(collected)
+
+
+def weight_on_previous_token(params):
+  """Attention weights of layer 0's first head one token back; f[T - 1]."""
+  return np.diagonal(attention_weights(params)[0, 0], -1)
+
+
+def weight_on_what_followed(params):
+  """Of layer 1's heads, where the current token stood before; f[N]."""
+  query = np.arange(24, 47)
+  return attention_weights(params)[1][:, query, query - 23].mean(axis=1)
 
 
 def test_the_first_layer_looks_one_token_back_before_any_training():
@@ -48,6 +62,13 @@ def test_the_first_layer_looks_one_token_back_before_any_training():
       lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, circuit)
   assert weight_on_previous_token(circuit).mean() > 0.5
   assert weight_on_previous_token(params).mean() < 0.2
+
+
+def test_every_head_of_the_second_layer_leans_to_what_followed_before():
+  circuit = induction.initialise(fresh(), CONFIG, seed=0)
+  chance = np.mean(1.0 / np.arange(25, 48))
+  assert weight_on_what_followed(circuit).min() > 2.0 * chance
+  assert weight_on_what_followed(fresh()).max() < 2.0 * chance
 
 
 def test_the_same_seed_gives_the_same_parameters():

@@ -63,51 +63,6 @@ def test_a_token_influences_exactly_those_that_see_it(backend):
   np.testing.assert_array_equal(got[is_token], want[is_token])
 
 
-def test_prefill_and_decode_steps_equal_the_whole_sequence():
-  prompt_len, num_read = np.int32([6, 1, 4]), 5
-  rng = np.random.default_rng(3)
-  prompts = rng.integers(1, MODEL.vocab_size, (3, 6))
-  # Two samples of each prompt; the first token of both is the prompt's last.
-  samples = rng.integers(1, MODEL.vocab_size, (3, 2, num_read))
-  samples[:, :, 0] = prompts[np.arange(3), prompt_len - 1][:, None]
-
-  position = np.tile(np.arange(5), (3, 1))
-  meta = rows.TokenMeta(
-      group=np.where(position < prompt_len[:, None] - 1, 0, -1),
-      branch=np.zeros_like(position), position=position)
-  params = tiny_model.params()
-  prefix = jax.jit(functools.partial(
-      transformer.prefill, config=MODEL, rules=RULES))(
-          params, prompts[:, :5], meta)
-  read = jax.jit(functools.partial(
-      transformer.decode_step, config=MODEL, rules=RULES))
-  empty = jnp.zeros((MODEL.num_layers, 3, 2, num_read + 2,
-                     MODEL.num_kv_heads, MODEL.head_dim))
-  suffix = transformer.KeyValues(key=empty, value=empty)
-  got = []
-  for slot in range(num_read):
-    hidden, suffix = read(
-        params, samples[:, :, slot], prefix, meta, suffix, jnp.int32(slot),
-        prompt_len - 1)
-    got.append(hidden)
-
-  # The same tokens, one plain causal sequence for each sample.
-  sequences = np.zeros((6, 11), np.int32)
-  for i, (p, g) in enumerate(np.ndindex(3, 2)):
-    prefix_len = prompt_len[p] - 1
-    sequences[i, :prefix_len] = prompts[p, :prefix_len]
-    sequences[i, prefix_len:prefix_len + num_read] = samples[p, g]
-  places = np.tile(np.arange(11), (6, 1))
-  whole = hidden_program()(params, sequences, rows.TokenMeta(
-      group=np.zeros_like(places), branch=np.zeros_like(places),
-      position=places))
-  for i, (p, g) in enumerate(np.ndindex(3, 2)):
-    for slot in range(num_read):
-      np.testing.assert_allclose(
-          got[slot][p, g], whole[i, prompt_len[p] - 1 + slot], rtol=0,
-          atol=1e-5)
-
-
 def test_backends_and_recomputation_agree():
   batch = packed()
   is_token = batch.meta.group >= 0

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -43,3 +47,20 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, message):
 def test_impossible_sizes_are_refused_when_configured(sizes, message):
   with pytest.raises(types.UserError, match=message):
     mesh.MeshConfig(**sizes)
+
+
+def test_the_cpu_becomes_as_many_devices_as_asked():
+  # In a process of its own: jax here has its devices already.
+  program = (
+      'import jax\n'
+      'from longjax.parallel import mesh\n'
+      'mesh.split_cpu(3)\n'
+      'assert jax.device_count() == 3\n'
+      'mesh.split_cpu(3)\n')  # Asking again is no change.
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  subprocess.run([sys.executable, '-c', program], env=env, check=True)
+
+
+def test_no_devices_are_refused():
+  with pytest.raises(types.UserError, match='cpu_devices=0'):
+    mesh.split_cpu(0)

@@ -15,7 +15,7 @@ N, NUM_GROUPS, NUM_STATS = 24, 6, 3
 
 
 def reference(rewards, groups, stats, valid, method, epsilon=1e-6, min_n=8):
-  """Recipe section 3, one response at a time, in float64."""
+  """The definitions, one response at a time, in float64."""
   rewards = rewards.astype(np.float64)
   out = np.zeros(len(rewards))
   for i in range(len(rewards)):
@@ -168,7 +168,7 @@ def test_one_task_does_not_move_another():
 
 
 def test_nearly_unanimous_groups_are_not_blown_up_by_task_std():
-  # Recipe section 3: 1 of 8 right gives 2.47 under group_std and less here.
+  # 1 of 8 right gives 2.47 under group_std and less here.
   rewards = [1.0] + [0.0] * 7 + [1.0] * 4 + [0.0] * 4
   groups = [0] * 8 + [1] * 8
   by_group = one_task(rewards, groups, method='group_std')

@@ -36,7 +36,7 @@ def graded(seed=0):
 
 def composed(made, mode, *, method='off', token_fraction=0.4,
              norm='batch_tokens', aepo_norm='all'):
-  """Recipe sections 1 to 4 in float64, one response at a time."""
+  """Advantages, AEPO and weights in float64, one response at a time."""
   rewards, entropy = (
       made[k].astype(np.float64) for k in ('rewards', 'entropy'))
   lengths = made['lengths']
@@ -111,6 +111,10 @@ def test_pos_mode_is_the_composition_of_the_recipes_formulas():
   assert metrics['advantage/negative_total'] == 0.0
   assert (metrics['aepo/low'], metrics['aepo/high']) == (0.5, 1.0)
   assert metrics['aepo/num_switches'] == 1
+  # Of the last group two responses are padding; one more leaves a singleton.
+  assert metrics['advantage/singleton_groups'] == 0
+  made['lengths'][-3] = 0
+  assert plan(made).metrics['advantage/singleton_groups'] == 1
 
 
 @pytest.mark.parametrize('loss_norm', ['batch_tokens', 'seq_mean'])
@@ -161,6 +165,17 @@ def test_a_batch_of_which_nothing_is_kept_is_not_applied():
   # In FULL mode the same batch is applied: moments decay as they always do.
   assert plan(
       made, aepo_config=entropy_control.AepoConfig(enabled=False)).is_applied
+
+
+def test_a_mini_batch_of_which_nothing_is_kept_is_not_applied():
+  made = graded()
+  made['rewards'][NUM_RESPONSES // 3:] = 0.0
+  got = plan(made, num_minibatches=3)
+  assert got.aepo.mode == entropy_control.Mode.POS
+  np.testing.assert_array_equal(got.is_applied, [True, False, False])
+  np.testing.assert_array_equal(
+      got.is_applied,
+      got.token_weights.reshape(3, -1).any(axis=1))
 
 
 def test_padding_responses_have_no_weight_and_change_nothing():

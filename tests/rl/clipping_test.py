@@ -21,7 +21,7 @@ def batch(seed):
 
 
 def reference(entropy, mask, advantages, method):
-  """Recipe section 4, 'clipping family', token by token in float64."""
+  """Negative-gradient clipping (Sec. 4.3), token by token in float64."""
   entropy = entropy.astype(np.float64)
   keep = np.ones(mask.shape, bool)
   rows = [i for i in range(N) if advantages[i] < 0 and mask[i].any()]

@@ -54,11 +54,3 @@ def test_four_entropies_are_told_apart():
   assert means == {
       'seq_mean': 3.5, 'token_mean': 3.0,
       'seq_mean_t1': 7.0, 'token_mean_t1': 6.0}
-
-
-def test_means_by_task_ignore_padding():
-  got = diagnostics.mean_by(
-      jnp.float32([1.0, 0.0, 0.5, np.nan]), jnp.int32([0, 0, 2, 2]),
-      jnp.array([True, True, True, False]), num_ids=3)
-  np.testing.assert_array_equal(got.mean(), [0.5, 0.0, 0.5])
-  np.testing.assert_array_equal(got.count, [2, 0, 1])

@@ -30,7 +30,7 @@ def run(series, config, state=None):
 
 
 def reference(series, config):
-  """Recipe section 4 as a plain state machine."""
+  """AEPO (arXiv:2512.12967, Sec. 4.4) as a plain state machine."""
   mode, stay, modes, baseline = 'FULL', 0, [], []
   for entropy in np.float32(series):
     if config.is_relative:
@@ -71,7 +71,7 @@ def test_the_controller_equals_a_plain_state_machine(series, config):
   assert run(series, config)[0] == reference(series, config)
 
 
-# Recipe section 4, the digitised Fig. 11: per cycle the FULL steps with the
+# The digitised Fig. 11 of arXiv:2512.12967: per cycle the FULL steps with the
 # entropy at their ends, and the POS steps with theirs.
 FIG_11 = (
     ((0, 89), (0.123, 0.280), (90, 104), (0.274, 0.133)),

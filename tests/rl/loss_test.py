@@ -42,7 +42,7 @@ def reference_logprob(params, data, i, t):
 
 def reference_token(lp, old, sampler, advantage, *, objective, tis_cap,
                     eps_low=0.2, eps_high=0.28, dual_clip=3.0):
-  """Recipe section 2 for one token; the on-policy form has lp = old."""
+  """The objective for one token; the on-policy form has lp = old."""
   if objective == 'on_policy':
     u = advantage * np.exp(lp - old)
   else:
@@ -57,7 +57,7 @@ def reference_token(lp, old, sampler, advantage, *, objective, tis_cap,
 
 
 def reference_weight(i, norm, aepo_norm, keep):
-  """Recipe section 2, `loss_norm`, for a token of response i."""
+  """Each `loss_norm` for a token of response i."""
   if not keep[i]:
     return 0.0
   rows_in = [j for j in range(N) if aepo_norm == 'all' or keep[j]]

@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_trainer(sampler):
       config=tiny_model.MODEL, rules=tiny_model.rules(), backend='blockwise',
       temperature=SAMPLERS[sampler].temperature)
   scores = jax.device_get(score(tiny_model.params(), packed))
-  for name in ('logprobs', 'entropy'):
+  for name in ('logprobs', 'entropy', 'entropy_t1'):
     trained = batch.unpack(
         getattr(scores, name), packed, max_response_len=MAX_LEN,
         num_responses=len(PROMPTS) * NUM_SAMPLES)

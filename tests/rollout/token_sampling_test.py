@@ -68,12 +68,15 @@ def test_logprob_and_entropy_are_those_before_truncation(temperature, top_p):
   keys = jax.random.split(jax.random.key(1), (4, 5))
   drawn = sample(logits, keys, temperature=temperature, top_p=top_p)
   p = exact_probabilities(logits, temperature)
+  p_t1 = exact_probabilities(logits, 1.0)
   for i in np.ndindex(4, 5):
     np.testing.assert_allclose(
         drawn.logprob[i], np.log(p[i][drawn.token[i]]),
         rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         drawn.entropy[i], -(p[i] * np.log(p[i])).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        drawn.entropy_t1[i], -(p_t1[i] * np.log(p_t1[i])).sum(), rtol=1e-5)
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
