@@ -47,7 +47,8 @@ def _own_data():
   """Stages for about 400 questions over about 600 tokens each."""
   sampler = dict(temperature=1.0, max_response_len=96)
   return dict(
-      synth=dict(job='synth', path='runs/python_lookup.jsonl'),
+      synth=dict(
+          job='synth', path='runs/python_lookup.jsonl', drop_too_long=True),
       evals=dict(
           job='evals', splits=('validation', 'test'), lengths=(640, 768),
           prompts_per_batch=24, sampler=sampler),
@@ -112,6 +113,6 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     config.stages.sft = _sft(300, reasoning_fraction=1.0)
     config.stages.rl.steps = 50
     config.stages.rl.optimizer.learning_rate = 1.5e-3
-    # Released well above where it started, so that it is seen more than once.
-    config.stages.rl.aepo = dict(low_ratio=1.5)
+    # The lowest ratio at which Fig. 11 of arXiv:2512.12967 switches.
+    config.stages.rl.aepo = dict(high_ratio=1.4)
   return config

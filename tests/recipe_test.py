@@ -21,7 +21,7 @@ from longjax.model import huggingface
 from longjax.parallel import mesh
 from longjax.parallel import rules as rules_lib
 from longjax.synthesis import stage as synth_stage
-from longjax.train import checkpoint, initial, run_state
+from longjax.train import checkpoint, initial, progress, run_state
 from tests import tiny_recipe
 
 
@@ -250,7 +250,8 @@ def test_own_examples_that_fit_nowhere_are_named_or_left_out(tmp_path, caplog):
         stage, directory=tmp_path / 'c', seed=0,
         tokenizer=tokenizer_lib.load(tmp_path / 'b' / 'tokenizer'),
         caps=stages.caps(tiny_recipe.config(both).plan()),
-        progress=None, check_stop=None, log=logging.warning)
+        progress=progress.Progress, check_stop=lambda: None,
+        log=logging.warning)
   assert 'left out 1 of 41 examples' in caplog.text
   kept = {e.id for s in stage.splits() for e in dataset.read(tmp_path / 'c', s)}
   assert len(kept) == 40 and 'an essay' not in kept
@@ -283,6 +284,9 @@ def test_labels_number_evaluations_and_name_what_they_evaluate():
       'synth', '0_base', 'pretrain', 'sft', '1_sft', 'rl', '2_rl']
   assert [n.label for n in tiny_recipe.config({'job': 'rl'}).plan()] == [
       'synth', 'rl']
+  # Nothing is trained in between, so once is enough.
+  assert [n.label for n in tiny_recipe.config({'job': 'evals'}).plan()] == [
+      'synth', '0_base']
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -296,6 +300,12 @@ def test_labels_number_evaluations_and_name_what_they_evaluate():
     ({'stages.rl.split': 'lr'},
      "stages.rl reads the split 'lr', but .* writes sft, rl, test"),
     ({'recipe': ('sft', 'synth')}, 'no synth stage stands before it'),
+    ({'recipe': ('synth', 'other', 'sft'), 'stages.other': {'job': 'synth'}},
+     'synth stages synth, other; a run has one data set'),
+    ({'stages.sft.reasoning_fraction': 2.0}, 'reasoning_fraction=2.0'),
+    ({'stages.sft.lookahead': 0}, 'lookahead=0'),
+    ({'stages.pretrain.text': {'min_len': 400}},
+     'text.min_len=400 is more than row_len=384'),
     ({'stages.evals.splits': ('validation',)}, "'validation'"),
     ({'stages.evals.lengths': ()}, r'evals.lengths=\(\) must be increasing'),
 ])

@@ -114,7 +114,8 @@ def run(
       `pipeline` and `dataset`.
   """
   if stage.path:
-    dataset.write(directory, _own(stage, seed, tokenizer, caps, log))
+    dataset.write(directory, _own(
+        stage, seed, tokenizer, caps, progress, check_stop, log))
     return
   config = stage.examples
   splits = [s for s in config.splits if s.num_per_task]
@@ -157,20 +158,25 @@ def _own(
     seed: int,
     tokenizer: tokenizer_lib.Tokenizer,
     caps: Sequence[Cap],
+    progress: Callable[..., Any],
+    check_stop: Callable[[], None],
     log: Callable[[str], None],
 ) -> Mapping[str, Iterable[types.TaskExample]]:
   """The splits of a user's file, which is read again for each of them."""
   # Dealing out depends on all ids, so every example must fit everywhere.
   fitting: list[str] = []
   num_long, first = 0, ''
-  for example in read_own(stage.path):
-    _check_answer(example, stage.path)
-    if excess := _excess(example, caps, tokenizer):
-      num_long += 1
-      first = first or excess
-    else:
-      fitting.append(example.id)
-  num_examples = len(fitting) + num_long
+  num_examples = sum(1 for _ in read_own(stage.path))
+  with progress(num_examples, 'synth', unit='example') as bar:
+    for example in read_own(stage.path):
+      check_stop()
+      _check_answer(example, stage.path)
+      if excess := _excess(example, caps, tokenizer):
+        num_long += 1
+        first = first or excess
+      else:
+        fitting.append(example.id)
+      bar.advance()
   if num_long and not stage.drop_too_long:
     raise types.UserError(
         f'{stage.path}: {num_long} of {num_examples} examples are too long; '
