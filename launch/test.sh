@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs longjax[dev] into .venv, then linter, type check and all tests.
+# Installs longjax[dev] into .venv, then linter, type check and tests.
 #
-#   bash launch/test.sh                         everything CI runs
+#   bash launch/test.sh                         what CI runs: all but slow tests
 #   bash launch/test.sh tests/rl                only these tests
 #   bash launch/test.sh -m slow                 the tests that take minutes
 set -euo pipefail

@@ -10,8 +10,6 @@ import collections.abc
 import dataclasses
 import difflib
 import enum
-import hashlib
-import json
 import numbers
 import types as python_types
 import typing
@@ -89,12 +87,6 @@ def resolved(config: Any) -> Any:
   if isinstance(config, (tuple, list)):
     return [resolved(value) for value in config]
   return config.value if isinstance(config, enum.Enum) else config
-
-
-def fingerprint(config: Any) -> str:
-  """16 hex digits that change with any value of a built config."""
-  text = json.dumps(resolved(config), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def open_workdir(path: str) -> pathlib.Path:
 
 
 def check_readable(config_file: str) -> None:
-  """Raises UserError, with the nearest name, if there is no such config."""
+  """Raises UserError if there is no such config, with the nearest name."""
   path = pathlib.Path(config_file.partition(':')[0])
   try:
     path.read_bytes()
@@ -141,6 +141,10 @@ def check_readable(config_file: str) -> None:
     hint = f'; did you mean {near[0]}?' if near else '.'
     raise types.UserError(
         f'cannot read --config={path}: {error.strerror}{hint}') from error
+  if path.suffix != '.py':
+    raise types.UserError(
+        f'--config={path} is no Python file; for example '
+        '--config=configs/tiny.py.')
 
 
 def build(cls: type, values: Any, changes: Sequence[_Override]) -> Any:
@@ -172,9 +176,17 @@ def _parse_flags(
   except flags.Error as error:
     mistake = _user_error_within(error)
     if mistake is None and isinstance(error, flags.IllegalFlagValueError):
+      if 'get_config() takes 0 positional arguments' in str(error):
+        _refuse('the file given as --config has no variants; leave out what '
+                'stands behind its colon.')
       if 'Error whilst parsing config file' in str(error):
         raise  # A bug in the config file: its traceback is what helps.
     _refuse(mistake or error)
+  except AttributeError as error:
+    if error.name != 'get_config':
+      raise
+    _refuse('the file given as --config does not define get_config(); see '
+            'configs/tiny.py for one that does.')
   return positional, changes
 
 
@@ -205,6 +217,10 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
         'longjax: interrupted; run the same command to resume from the last '
         'checkpoint.\n')
     return 130
+  except PermissionError as error:
+    _refuse(
+        f'cannot use {error.filename or "a file"}: {error.strerror}; change '
+        'its permissions and run the same command again.')
   except OSError as error:
     if error.errno not in _DISK_ERRORS:
       raise

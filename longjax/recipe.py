@@ -24,6 +24,7 @@ from longjax import types
 from longjax.evals import report, summary
 from longjax.evals import stage as evals_stage
 from longjax.model import architecture, huggingface, transformer
+from longjax.model import attention as attention_lib
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
@@ -43,7 +44,8 @@ class RunConfig:
     job: 'recipe' runs all stages of `recipe`; another job runs those of its
       kind only, and the data set they read.
     recipe: names of stages in the order they run. Evaluations may recur;
-      their results are named after the stage before them.
+      their results are named after the stage before them, and one that would
+      only repeat another is left out.
     stages: configuration of each stage by name.
     init_from: Hugging Face directory to start from, see `initial.find`; ''
       starts from scratch with `model`.
@@ -70,7 +72,7 @@ class RunConfig:
   seed: int = 0
   cpu_devices: int = 0
   mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
-  attention: Literal['reference', 'blockwise'] = 'blockwise'
+  attention: attention_lib.Backend = 'blockwise'
   remat: transformer.Remat = transformer.Remat.NONE
   checkpoint_every: int = 50
   keep_checkpoints: int = 2
@@ -105,15 +107,18 @@ class RunConfig:
   def plan(self) -> list[stages_lib.Named]:
     """What `job` runs, in order."""
     found: list[stages_lib.Named] = []
-    num_evals, before = 0, 'base'
+    evaluated: set[tuple[str, str]] = set()
+    before = 'base'
     for name in self.recipe:
       stage = self.stages[name]
       if stage.job not in (self.job, 'synth') and self.job != 'recipe':
         continue
       label = name
       if isinstance(stage, evals_stage.EvalsStage):
-        label = f'{num_evals}_{before}'
-        num_evals += 1
+        if (name, before) in evaluated:
+          continue
+        label = f'{len(evaluated)}_{before}'
+        evaluated.add((name, before))
       elif isinstance(stage, stages_lib.Training):
         before = name
       found.append(stages_lib.Named(name=name, label=label, stage=stage))

@@ -70,6 +70,12 @@ def check_plan(plan: Sequence[Named]) -> None:
   """Refuses stages that train twice, or read what none before them writes."""
   written: list[str] = []
   names = [named.name for named in plan]
+  writers = [
+      n.name for n in plan if isinstance(n.stage, synth_stage.SynthStage)]
+  if len(writers) > 1:
+    raise types.UserError(
+        f'recipe runs the synth stages {", ".join(writers)}; a run has one '
+        'data set, so use one of them with all splits.')
   for named in plan:
     if isinstance(named.stage, Training) and names.count(named.name) > 1:
       raise types.UserError(

@@ -1,4 +1,4 @@
-"""Every file in configs/ builds, and its resolved values are reviewed.
+"""Every file in configs/ builds and can be traced; its values are reviewed.
 
 A changed default shows as a changed line under tests/testdata/configs. After
 looking at it, accept it with:
@@ -7,13 +7,23 @@ looking at it, accept it with:
 """
 
 import ast
+import functools
 import importlib.util
 import os
 import pathlib
+import types as python_types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from longjax import config, recipe, types
+from longjax import config, recipe, rows, stages, types
+from longjax.model import huggingface_config
+from longjax.parallel import mesh as mesh_lib
+from longjax.parallel import rules as rules_lib
+from longjax.train import initial, rl_job, sft_job
+from longjax.train import state as state_lib
+from longjax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'testdata' / 'configs'
@@ -39,12 +49,49 @@ def name(case: tuple[pathlib.Path, str]) -> str:
   return f'{path.stem}-{variant}' if variant else path.stem
 
 
+def build(path: pathlib.Path, variant: str) -> recipe.RunConfig:
+  values = load(path).get_config(*([variant] if variant else []))
+  return config.build(recipe.RunConfig, values, 'config')
+
+
 def resolved_text(path: pathlib.Path, variant: str) -> str:
   """One line for each value, from the file through the dataclasses."""
-  values = load(path).get_config(*([variant] if variant else []))
-  built = config.build(recipe.RunConfig, values, 'config')
   return ''.join(
-      f'{key} = {value!r}\n' for key, value in config.flat(built).items())
+      f'{key} = {value!r}\n'
+      for key, value in config.flat(build(path, variant)).items())
+
+
+@functools.cache  # Variants share stages.
+def trace_update(model, stage, backend, remat):
+  """Shape-evaluates one optimizer step; the states before and after."""
+  rules = rules_lib.Rules(
+      mesh_lib.make(mesh_lib.MeshConfig(), jax.devices()[:1]))
+  context = python_types.SimpleNamespace(
+      model=model, rules=rules, backend=backend, remat=remat)
+  optimizer = stages.optimizer(stage)
+
+  def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  if isinstance(stage, rl_job.RlStage):
+    loss = functools.partial(rl_job.loss, stage=stage, context=context)
+    num_rows = stage.row_multiple
+    num_responses = stage.num_prompts * stage.num_samples
+    by_token = f32(num_responses, stage.sampler.max_response_len)
+    extras = {
+        'advantages': f32(num_responses), 'token_weights': by_token,
+        'sampler_logprobs': by_token, 'old_logprobs': by_token}
+  else:
+    loss = functools.partial(sft_job.loss, context=context)
+    num_rows, extras = stage.num_rows, {'num_tokens': f32()}
+  update = step_lib.make_update(
+      loss, optimizer, config=model, rules=rules,
+      num_microbatches=stage.num_microbatches)
+  before = state_lib.abstract(model, optimizer, rules)
+  after, metrics = jax.eval_shape(
+      update, before, rows.empty(num_rows, stage.row_len), extras, True)
+  assert {'loss', 'grad_norm', 'skipped_in_a_row'} <= metrics.keys()
+  return before, after
 
 
 def test_there_are_configs():
@@ -59,6 +106,16 @@ def test_resolved_values_are_those_last_reviewed(case):
     golden.write_text(got)
   assert golden.exists(), f'{golden} is missing; see the docstring above'
   assert got == golden.read_text()
+
+
+@pytest.mark.parametrize('case', cases(), ids=name)
+def test_every_training_stage_can_be_traced(case):
+  built = build(*case)
+  model = built.model or huggingface_config.load(initial.find(built.init_from))
+  assert built.trained()
+  for _, stage in built.trained():
+    before, after = trace_update(model, stage, built.attention, built.remat)
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
 
 
 def test_no_reviewed_text_is_left_over():

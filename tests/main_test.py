@@ -43,6 +43,8 @@ def run(config, workdir):
     raise KeyError('a bug')
   if config.mistake == 'disk':
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'metrics.jsonl')
+  if config.mistake == 'permission':
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), 'run.json')
   if config.mistake == 'interrupt':
     os.kill(os.getpid(), signal.SIGINT)
   if config.mistake == 'stopped':
@@ -55,6 +57,8 @@ def run(config, workdir):
 job = python_types.ModuleType('longjax.recipe')
 job.run, job.RunConfig = run, RunConfig
 sys.modules[job.__name__] = longjax.recipe = job
+# Whoever starts the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 codes = []
 for i, arguments in enumerate(json.load(sys.stdin)):
   if not os.fork():
@@ -106,6 +110,18 @@ MISTAKES = {
     ('--config=conf.py', '--config.mistake=disk'):
         'cannot write metrics.jsonl: No space left on device; free space and '
         'run the same command to resume.',
+    ('--config=conf.py', '--config.mistake=permission'):
+        'cannot use run.json: Permission denied; change its permissions and '
+        'run the same command again.',
+    ('--config=notes.txt',):
+        '--config=notes.txt is no Python file; for example '
+        '--config=configs/tiny.py.',
+    ('--config=module.py',):
+        'the file given as --config does not define get_config(); see '
+        'configs/tiny.py for one that does.',
+    ('--config=plain.py:fast',):
+        'the file given as --config has no variants; leave out what stands '
+        'behind its colon.',
 }
 NOTHING = ()
 HELP = ('--config=conf.py', '--help')
@@ -134,6 +150,9 @@ def directory(tmp_path_factory):
 def outcomes(directory):
   """What each command line did, in a directory that has conf.py."""
   (directory / 'conf.py').write_text(CONFIG)
+  (directory / 'notes.txt').write_text('buy milk')
+  (directory / 'module.py').write_text('seed = 1')
+  (directory / 'plain.py').write_text('def get_config():\n  return {}')
   lines = [
       *MISTAKES, NOTHING, HELP, GOOD, BUG, CONFIG_BUG, INTERRUPT, STOPPED]
   done = subprocess.run(

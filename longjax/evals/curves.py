@@ -54,8 +54,8 @@ def sft_charts(records: Sequence[Record]) -> list[str]:
   return _drawn([
       _chart(steps, 'Loss', 'nats per response token', [('loss', 'loss')],
              y_min=0),
-      _chart(steps, 'Accuracy', 'share of response tokens predicted',
-             [('accuracy', 'accuracy')], y_min=0),
+      _chart(steps, 'Entropy', 'nats per response token',
+             [('entropy', 'entropy')], y_min=0),
       _chart(steps, 'Gradient norm', 'before clipping',
              [('grad_norm', 'norm')], y_min=0),
       _chart(steps, 'Speed', 'tokens per second',

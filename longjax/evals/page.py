@@ -234,5 +234,6 @@ def render(title: str, sections: Sequence[str]) -> str:
       f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
       '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
       f'<title>{text(title)}</title>\n<style>{STYLE}</style></head>\n'
-      f'<body><main>\n{body}\n</main>\n<script>{SCRIPT}</script></body></html>\n'
+      f'<body><main>\n{body}\n</main>\n'
+      f'<script>{SCRIPT}</script></body></html>\n'
   )

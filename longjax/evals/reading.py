@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longjax.data import chat
 from longjax.evals import curves, page, scores, tables
 
 # Longer texts are cut to what lies around their evidence.
@@ -250,11 +251,11 @@ def _answer(
                 f'<div>{quotes}</div></div>')
   samples = ''
   for name, answer in columns:
-    thinking, _, response = answer.response.partition('</think>')
+    parts = chat.split_response(answer.response)
     samples += (
         '<div class="sample"><div class="numbers">'
         f'<span>{page.text(name)}</span>{_pill(answer.reward)}</div><div>'
-        f'{_written(thinking, response)}'
+        f'{_written(parts.thinking, parts.answer)}'
         f'<div class="muted small">graded: {_graded(answer.answer)}</div>'
         '</div></div>')
   return (

@@ -4,6 +4,7 @@
   mean over task types | 0.35 [0.31, 0.39] | 0.56 [0.52, 0.60] | +0.21 [...]
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -66,6 +67,8 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
 
 
 def _gain(gain: bootstrap.Interval) -> str:
+  if not math.isfinite(gain.mean):  # No example in common.
+    return '-'
   interval = ''
   if gain.low is not None and gain.high is not None:
     interval = f' [{gain.low:+.2f}, {gain.high:+.2f}]'

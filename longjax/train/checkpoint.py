@@ -145,13 +145,6 @@ class Checkpointer:
         for path in self._directory.iterdir()
         if path.name.isdecimal() and path.is_dir())
 
-  def latest_valid_step(self) -> int | None:
-    """Number of the newest undamaged checkpoint; None if there is none."""
-    for step in reversed(self.steps()):
-      if not manifest.damage(self._directory / str(step)):
-        return step
-    return None
-
   def restore(self, step: int, abstract_tree: chex.ArrayTree) -> Restored:
     """Reads one checkpoint.
 
@@ -180,13 +173,15 @@ class Checkpointer:
     Newer ones that are damaged are named in a warning and deleted: the run
     will come by their steps again.
     """
-    for step in reversed(self.steps()):
+    steps = self.steps()
+    for step in reversed(steps):
       problem = manifest.damage(self._directory / str(step))
       if not problem:
         return self.restore(step, abstract_tree)
       logging.warning(
-          'Checkpoint %s is damaged (%s); using the one before it.',
-          self._directory / str(step), problem)
+          'Checkpoint %s is damaged (%s); %s.', self._directory / str(step),
+          problem, 'using the one before it' if step > steps[0] else
+          'there is none before it, so training begins again')
       if multihost.is_primary():
         shutil.rmtree(self._directory / str(step))
       self._manager.reload()

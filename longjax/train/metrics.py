@@ -193,11 +193,6 @@ def read(workdir: str | os.PathLike[str]) -> list[records.Record]:
   return records.read(pathlib.Path(workdir) / METRICS_FILE)
 
 
-def read_rollouts(workdir: str | os.PathLike[str]) -> list[records.Record]:
-  """All records of rollouts.jsonl, oldest first."""
-  return records.read(pathlib.Path(workdir) / ROLLOUTS_FILE)
-
-
 def _documents(example: types.TaskExample) -> list[records.Record]:
   spans: list[list[list[int]]] = [[] for _ in example.documents]
   for span in example.evidence:

@@ -18,7 +18,7 @@ class Schedule(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW with clipping; defaults are those of the recipe, Sec. 12.
+  """AdamW with clipping; defaults are those of verl, which the paper built on.
 
   Attributes:
     learning_rate: peak.
@@ -45,9 +45,14 @@ class OptimizerConfig:
     if self.clip_norm <= 0.0:
       raise types.UserError(
           f'optimizer.clip_norm={self.clip_norm} must be > 0.')
-    if self.warmup_steps < 0:
-      raise types.UserError(
-          f'optimizer.warmup_steps={self.warmup_steps} must be >= 0.')
+    for name in ('b1', 'b2'):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise types.UserError(
+            f'optimizer.{name}={getattr(self, name)} must lie in [0, 1).')
+    for name in ('warmup_steps', 'weight_decay'):
+      if getattr(self, name) < 0:
+        raise types.UserError(
+            f'optimizer.{name}={getattr(self, name)} must be >= 0.')
 
 
 def make(

@@ -193,8 +193,7 @@ def rl_line(
   parts += _entropy_part(values)
   if 'length/mean' in values:
     cut = values.get('length/truncated', 0.0)
-    parts.append(
-        f'length {values["length/mean"]:.0f}' + (f' ({cut:.0%} cut)'))
+    parts.append(f'length {values["length/mean"]:.0f} ({cut:.0%} cut)')
   if 'grad_norm' in values:
     parts.append(f'grad {values["grad_norm"]:.2f}')
   if 'gap/logprob_mean' in values:
@@ -207,15 +206,13 @@ def sft_line(
 ) -> str:
   """One SFT step in one line; parts whose metric is missing are left out.
 
-    sft  300/900 | loss 0.412 | accuracy 0.87 | grad 1.20 | 21,034 tok/s
+    sft  300/900 | loss 0.412 | grad 1.20 | 21,034 tok/s
 
   Loss in nats per token.
   """
   parts = [_counter(name, step, total)]
   if 'loss' in values:
     parts.append(f'loss {values["loss"]:.3f}')
-  if 'accuracy' in values:
-    parts.append(f'accuracy {values["accuracy"]:.2f}')
   if 'grad_norm' in values:
     parts.append(f'grad {values["grad_norm"]:.2f}')
   return ' | '.join(parts + _speed_part(values))

@@ -33,7 +33,7 @@ from longjax.train import step as step_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RlStage:
-  """One stage of reinforcement learning; defaults follow the recipe, Sec. 12.
+  """One stage of reinforcement learning; defaults follow QwenLong-L1.5.
 
   Attributes:
     job: marks the kind of stage.
@@ -139,6 +139,13 @@ def check(stage: RlStage, context: run_state.Context) -> None:
           f'rl.{name}={getattr(stage, name)} does not divide over the '
           f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
           f'use a multiple of {shards}.')
+  rows_at_once = stage.row_multiple // stage.num_microbatches
+  if rows_at_once % shards:
+    raise types.UserError(
+        f'rl.row_multiple={stage.row_multiple} / rl.num_microbatches='
+        f'{stage.num_microbatches} = {rows_at_once} rows do not divide over '
+        f'the {shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
+        f'use a multiple of {stage.num_microbatches * shards} rows.')
 
 
 def loss(
@@ -203,10 +210,10 @@ class RlJob:
     self._stage = stage
     self._score_response = score
     self._examples = examples
-    self._tasks = sorted({example.task for example in examples})
+    task_of = [example.task for example in examples]  # Reads them all once.
+    self._tasks = sorted(set(task_of))
     self._balance = task_balance.TaskBalancedSampler(
-        [example.task for example in examples],
-        batch_size=stage.num_prompts, seed=context.seed)
+        task_of, batch_size=stage.num_prompts, seed=context.seed)
     self.engine = engine.Engine(
         model=context.model, sampler=stage.sampler,
         engine=engine.EngineConfig(
@@ -248,19 +255,25 @@ class RlJob:
 
     train, num_tokens, num_places = state.train, 0, 0
     values: dict[str, Any] = {}
-    for packed in self._minibatches(graded):
+    in_a_row = []
+    for i, packed in enumerate(self._minibatches(graded)):
       train, values = self._update(
           train, step_lib.put_rows(packed, context.rules), extras,
-          plan.is_applied)
+          plan.is_applied[i % stage.num_minibatches])
+      in_a_row.append(values['skipped_in_a_row'])
       num_tokens += int((packed.meta.group >= 0).sum())
       num_places += packed.tokens.size
     if stage_step % stage.rollouts_every == 0 or stage_step == stage.steps - 1:
       self._write_rollouts(graded, plan, global_step, stage_step)
     entropy_control.check_baseline(plan.aepo, stage.aepo)
+    # Of several updates the last one's values are logged, but a bad one
+    # before it must not go unseen.
+    values['skipped_in_a_row'] = functools.reduce(jnp.maximum, in_a_row)
     return run_state.StepResult(
         state=run_state.RunState(train=train, aepo=plan.aepo),
-        values=(plan.metrics | values | self._reward_metrics(graded)
-                | {'padding': 1.0 - num_tokens / num_places}),
+        values=(plan.metrics | values | self._task_metrics(graded, entropy)
+                | {'aepo/skipped_steps': jnp.sum(~plan.is_applied),
+                   'padding': 1.0 - num_tokens / num_places}),
         num_tokens=num_tokens)
 
   def rollout(self, params: types.Params, stage_step: int) -> Graded:
@@ -347,14 +360,22 @@ class RlJob:
         row_multiple=self._stage.row_multiple,
         first_trajectory=start * self._stage.num_samples)
 
-  def _reward_metrics(self, graded: Graded) -> dict[str, float]:
-    """Mean reward by task, and how responses ended."""
+  def _task_metrics(
+      self,
+      graded: Graded,
+      entropy: np.ndarray,  # f32[N, R]
+  ) -> dict[str, float]:
+    """Mean reward and entropy by task, and how responses ended."""
     rewards = np.asarray([s.reward for s in graded.scores])
+    # Values past a response's end are 0.
+    entropies = entropy.sum(axis=1) / graded.rollouts.lengths.reshape(-1)
     num_samples = graded.rollouts.lengths.shape[1]
     tasks = np.repeat([p.example.task for p in graded.prompts], num_samples)
-    by_task = {f'reward/{t}': rewards[tasks == t].mean()
-               for t in self._tasks if (tasks == t).any()}
+    present = [t for t in self._tasks if (tasks == t).any()]
+    by_task = {f'reward/{t}': rewards[tasks == t].mean() for t in present}
     return by_task | {
+        f'entropy_by_task/{t}': entropies[tasks == t].mean() for t in present
+    } | {
         'reward/mean': np.mean(list(by_task.values())),
         'length/truncated': 1.0 - graded.rollouts.is_finished.mean(),
     }
@@ -365,9 +386,14 @@ class RlJob:
   ) -> None:
     """Keeps all responses to one prompt, tasks taking turns."""
     turn = stage_step // self._stage.rollouts_every
-    task = self._tasks[turn % len(self._tasks)]
-    p = next(i for i, prompt in enumerate(graded.prompts)
-             if prompt.example.task == task)
+    num_tasks = len(self._tasks)
+
+    def places_off(p: int) -> int:
+      task = self._tasks.index(graded.prompts[p].example.task)
+      return (task - turn) % num_tasks
+
+    # A batch of fewer prompts than tasks may lack the one whose turn it is.
+    p = min(range(len(graded.prompts)), key=places_off)
     num_samples = graded.rollouts.lengths.shape[1]
     advantages, keep = jax.device_get((plan.advantages, plan.keep))
     samples = []

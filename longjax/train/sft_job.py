@@ -64,6 +64,13 @@ class PretrainStage(SupervisedConfig):
   job: Literal['pretrain'] = 'pretrain'
   text: pretraining.PretrainingConfig
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.text.min_len > self.row_len:
+      raise types.UserError(
+          f'text.min_len={self.text.min_len} is more than '
+          f'row_len={self.row_len}; lower it or use longer rows.')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftStage(SupervisedConfig):
@@ -80,6 +87,17 @@ class SftStage(SupervisedConfig):
   split: str = 'sft'
   reasoning_fraction: float = 1.0
   lookahead: int = 16
+
+  def __post_init__(self):
+    super().__post_init__()
+    self.data(seed=0)  # Its checks, before anything runs.
+
+  def data(self, *, seed: int) -> pipeline.SftDataConfig:
+    """What its batches look like."""
+    return pipeline.SftDataConfig(
+        num_rows=self.num_rows, row_len=self.row_len,
+        reasoning_fraction=self.reasoning_fraction, lookahead=self.lookahead,
+        seed=seed)
 
 
 @struct.dataclass
@@ -140,11 +158,7 @@ def batches(
         num_rows=stage.num_rows, row_len=stage.row_len)
   assert examples is not None
   return pipeline.sft_batches(
-      examples, context.tokenizer,
-      config=pipeline.SftDataConfig(
-          num_rows=stage.num_rows, row_len=stage.row_len,
-          reasoning_fraction=stage.reasoning_fraction,
-          lookahead=stage.lookahead, seed=context.seed))
+      examples, context.tokenizer, config=stage.data(seed=context.seed))
 
 
 def run(

@@ -40,26 +40,31 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Writes config.json, or refuses the work directory of another config.
 
   Where a run has left nothing yet, as after a mistake in its config, the new
-  config simply takes its place.
+  config simply takes its place. A directory of something else is refused.
 
   Args:
     workdir: of the run.
     config: resolved, see `config.resolved`.
 
   Raises:
-    UserError: the directory holds a run of another config; names the fields.
+    UserError: the directory holds a run of another config, whose fields are
+      named, or something that is no run.
   """
   path = workdir / CONFIG_FILE
-  if not path.exists() or not _holds_results(workdir):
+  results = _results(workdir)
+  if not path.exists() and results:
+    raise types.UserError(
+        f'--workdir={workdir} holds {", ".join(results)} but no '
+        f'{CONFIG_FILE} that says of which run; use another --workdir.')
+  there = _read(path) if path.exists() else config
+  if not {'recipe', 'stages'} <= there.keys():
+    # A model's, perhaps.
+    raise types.UserError(
+        f'{path} is no config of a run; use another --workdir.')
+  if not results:
     if multihost.is_primary():
       records.write_text(path, json.dumps(config, indent=1))
     return
-  try:
-    there = json.loads(path.read_text())
-  except ValueError as error:
-    raise types.UserError(
-        f'{path} is damaged ({error}); restore it, or use another '
-        '--workdir.') from error
   changed = config_lib.differences(there, config)
   if changed:
     more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
@@ -69,11 +74,21 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         'config to resume.')
 
 
-def _holds_results(workdir: pathlib.Path) -> bool:
-  """True if anything was made here that belongs to one config."""
-  return any(
-      path.is_file() or any(path.glob('*'))
-      for path in (workdir / name for name in RESULTS))
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    there = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise types.UserError(
+        f'{path} is damaged ({error}); restore it, or use another '
+        '--workdir.') from error
+  return there if isinstance(there, dict) else {}
+
+
+def _results(workdir: pathlib.Path) -> list[str]:
+  """Names of what was made here and belongs to one config."""
+  return [
+      name for name in RESULTS
+      if (workdir / name).is_file() or any((workdir / name).glob('*'))]
 
 
 def use_compilation_cache(workdir: pathlib.Path) -> None:
@@ -101,11 +116,9 @@ class Facts:
     self._path = workdir / FACTS_FILE
     self._values: dict[str, Any] = {}
     if self._path.exists():
-      try:
-        self._values = json.loads(self._path.read_text())
-      except ValueError:
-        # Nothing depends on it.
-        self._values = {}
+      # Nothing depends on it.
+      with contextlib.suppress(types.UserError):
+        self._values = _read(self._path)
 
   @property
   def is_finished(self) -> bool:

@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import re
 
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longjax.evals import reading
+from longjax.evals import reading, scores
 
 
 @pytest.mark.parametrize('spans, shown', [
@@ -92,6 +93,18 @@ def test_few_rollouts_are_all_shown_and_many_are_spread_over_the_run():
 def test_a_group_can_be_found_by_its_outcome(rewards, outcome):
   shown = reading.rollouts([_group(1, rewards=rewards)], max_groups=5)
   assert f'data-outcome="{outcome}"' in shown
+
+
+def test_a_held_out_answer_is_split_where_the_grader_splits_it():
+  record = scores.Record(
+      id='1', task='mc', context_length=64, prompt_length=60, depth=None,
+      sample=0, question='?', gold=('b',), evidence=(),
+      response='one</think>two</think>three', response_length=9,
+      is_finished=True, answer='three', rule='exact', reward=0.0)
+  evaluation = {'name': '0_base', 'records': [dataclasses.asdict(record)]}
+  shown = reading.answers([evaluation], per_task=1)
+  assert '<p class="written thinking">one&lt;/think&gt;two</p>' in shown
+  assert '<p class="written">three</p>' in shown
 
 
 def test_what_happened_to_a_response_is_said():

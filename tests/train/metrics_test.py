@@ -6,6 +6,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from longjax import types
+from longjax.data import records
 from longjax.parallel import multihost
 from longjax.train import metrics
 
@@ -102,7 +103,7 @@ def test_a_rollout_record_holds_what_a_reader_needs(tmp_path):
       4, 'rl', _example(),
       [_sample('so Rome</think>The answer is Rome.'), _sample('no end')],
       prompt_text='<|im_start|>user ...')
-  (record,) = metrics.read_rollouts(tmp_path)
+  (record,) = records.read(tmp_path / metrics.ROLLOUTS_FILE)
   assert record['step'] == 4 and record['id'] == 'e1'
   assert record['gold'] == ['Rome', 'Roma']
   assert record['prompt'] == '<|im_start|>user ...'

@@ -69,7 +69,8 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 @pytest.mark.parametrize('field, value', [
-    ('learning_rate', 0.0), ('clip_norm', 0.0), ('warmup_steps', -1)])
+    ('learning_rate', 0.0), ('clip_norm', 0.0), ('warmup_steps', -1),
+    ('weight_decay', -0.1), ('b1', 1.0), ('b2', -0.5)])
 def test_impossible_optimizers_are_refused(field, value):
   with pytest.raises(types.UserError, match=f'optimizer.{field}={value}'):
     optimizer_lib.OptimizerConfig(**{'learning_rate': 1.0} | {field: value})

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import types as python_types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -121,6 +123,11 @@ def test_after_the_first_step_nothing_is_compiled(mesh):
     assert values['grad_norm'] > 0.0 and values['skipped'] == 0
     assert 0.0 < values['reward/mean'] < 1.0
     assert 0.0 <= values['padding'] < 1.0
+    assert not values['aepo/skipped_steps']
+    # Both tasks have four prompts a batch.
+    np.testing.assert_allclose(
+        (values['entropy_by_task/mc'] + values['entropy_by_task/qa']) / 2,
+        values['entropy/seq_mean'], rtol=1e-5)
   assert int(state.train.step) == 4
   # One prompt's responses a step were kept to read, tasks taking turns.
   assert [kept[:3] for kept in where.rollouts] == [
@@ -148,6 +155,19 @@ def test_off_policy_updates_run_over_minibatches_and_epochs():
   assert seen == [set(range(12)), set(range(12, 24))] * 2
 
 
+def test_a_bad_update_is_told_even_if_the_next_is_good(monkeypatch):
+  job, where, _ = job_of('off_policy')
+  update, in_a_row = job._update, iter([0, 1, 2, 0])
+
+  def spoilt(*args):
+    train, values = update(*args)
+    return train, values | {'skipped_in_a_row': jnp.int32(next(in_a_row))}
+
+  monkeypatch.setattr(job, '_update', spoilt)
+  values = job.step(fresh(where), 0, 1).values
+  assert int(values['skipped_in_a_row']) == 2
+
+
 def test_a_batch_without_a_positive_response_in_pos_mode_is_skipped():
   job, where, grader = job_of('off_policy')
   grader.is_stingy = True
@@ -158,6 +178,25 @@ def test_a_batch_without_a_positive_response_in_pos_mode_is_skipped():
       np.testing.assert_array_equal, jax.device_get(result.state.train.params),
       tiny_model.params())
   assert int(result.state.train.num_skipped) == 0
+  assert result.values['aepo/skipped_steps']
+
+
+def test_a_batch_without_the_task_whose_turn_it_is_shows_another():
+  where = context()
+  job = rl_job.RlJob(
+      where, stage(num_prompts=1, row_multiple=1), examples=EXAMPLES,
+      score=Grader())
+  example = EXAMPLES[1]
+  assert example.task == 'qa'  # The first turn is that of 'mc'.
+  graded = rl_job.Graded(
+      prompts=[types.Prompt(example=example, tokens=(1, 2), number=0)],
+      rollouts=tiny_model.rollouts(1, NUM_SAMPLES, 6), texts=['a', 'b', 'c'],
+      scores=[types.Score(reward=0.0, answer='', rule='test')] * NUM_SAMPLES,
+      rewards=np.zeros(NUM_SAMPLES, np.float32))
+  plan = python_types.SimpleNamespace(
+      advantages=np.zeros(NUM_SAMPLES), keep=np.ones(NUM_SAMPLES, bool))
+  job._write_rollouts(graded, plan, 1, 0)
+  assert [kept[:3] for kept in where.rollouts] == [(1, 'rl', 'qa')]
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere():
@@ -189,6 +228,8 @@ def test_impossible_stages_are_refused(overrides, message):
 @pytest.mark.parametrize('overrides, message', [
     (dict(num_prompts=4), 'rl.num_prompts=4 does not divide over the 8 data'),
     (dict(row_multiple=4), 'rl.row_multiple=4 does not divide over the 8 data'),
+    (dict(row_multiple=8, num_microbatches=2),
+     '= 4 rows do not divide over the 8 data.* multiple of 16 rows'),
 ])
 def test_batches_that_do_not_divide_over_the_mesh_are_refused(
     overrides, message):
