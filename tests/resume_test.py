@@ -88,14 +88,17 @@ MOMENTS = (
     Moment('after 2_rl', 'export'),
     Moment('after rl', 'replace', 2),
 )
-# For every run of the tests: one of each of the moments.
+# For every run of the tests: each of the moments, SIGKILL 13 times.
 FEW = tuple(
     m for m in MOMENTS if (m.phase, m.point, m.signal) in {
-        ('synth', 'draw', 'SIGKILL'), ('pretrain', 'update', 'SIGTERM'),
-        ('sft', 'update', 'SIGKILL'), ('sft', 'manifest', 'SIGKILL'),
+        ('synth', 'draw', 'SIGKILL'), ('0_base', 'sample', 'SIGKILL'),
+        ('pretrain', 'update', 'SIGTERM'), ('sft', 'update', 'SIGKILL'),
+        ('sft', 'manifest', 'SIGKILL'), ('sft', 'saving', 'SIGKILL'),
         ('1_sft', 'score', 'SIGKILL'), ('rl', 'sample', 'SIGKILL'),
-        ('rl', 'append', 'SIGKILL'), ('rl', 'update', 'SIGKILL'),
-        ('2_rl', 'score', 'SIGINT')})
+        ('rl', 'score', 'SIGKILL'), ('rl', 'append', 'SIGKILL'),
+        ('rl', 'update', 'SIGKILL'), ('rl', 'save', 'SIGKILL'),
+        ('2_rl', 'sample', 'SIGKILL'), ('2_rl', 'score', 'SIGINT'),
+        ('after 2_rl', 'export', 'SIGKILL')})
 
 
 def attempts(directory: pathlib.Path, moments, seed: int):
