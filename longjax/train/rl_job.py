@@ -183,6 +183,11 @@ def loss(
   return output.loss, output.metrics
 
 
+def _stratum(example: types.TaskExample) -> tuple[str, bool]:
+  """Whose rewards share a deviation: a task's, dense ones apart from 0 or 1."""
+  return example.task, example.kind == 'mrcr'
+
+
 class RlJob:
   """The compiled programs and data of one stage; `step` is the recipe."""
 
@@ -210,7 +215,9 @@ class RlJob:
     self._stage = stage
     self._score_response = score
     self._examples = examples
-    task_of = [example.task for example in examples]  # Reads them all once.
+    strata = [_stratum(example) for example in examples]  # Reads all once.
+    self._strata = sorted(set(strata))
+    task_of = [task for task, _ in strata]
     self._tasks = sorted(set(task_of))
     self._balance = task_balance.TaskBalancedSampler(
         task_of, batch_size=stage.num_prompts, seed=context.seed)
@@ -311,7 +318,8 @@ class RlJob:
     """Advantages, the AEPO decision and token weights of a batch."""
     stage = self._stage
     num_prompts, num_samples = graded.rollouts.lengths.shape
-    stat_ids = [self._tasks.index(p.example.task) for p in graded.prompts]
+    stat_ids = [
+        self._strata.index(_stratum(p.example)) for p in graded.prompts]
     return batch.plan(
         aepo,
         rewards=jnp.asarray(graded.rewards),
@@ -319,7 +327,7 @@ class RlJob:
         group_ids=jnp.repeat(jnp.arange(num_prompts), num_samples),
         stat_ids=jnp.repeat(jnp.asarray(stat_ids), num_samples),
         entropy=jnp.asarray(entropy), entropy_t1=jnp.asarray(entropy_t1),
-        num_groups=num_prompts, num_stats=len(self._tasks),
+        num_groups=num_prompts, num_stats=len(self._strata),
         num_minibatches=stage.num_minibatches,
         advantage_config=stage.advantage, aepo_config=stage.aepo,
         clip_config=stage.clip, loss_norm=stage.loss.loss_norm)

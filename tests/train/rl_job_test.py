@@ -199,6 +199,29 @@ def test_a_batch_without_the_task_whose_turn_it_is_shows_another():
   assert [kept[:3] for kept in where.rollouts] == [(1, 'rl', 'qa')]
 
 
+def test_dense_and_binary_rewards_of_a_task_have_deviations_of_their_own():
+  examples = [
+      dataclasses.replace(e, task='mixed', kind=('qa', 'mrcr')[i % 2])
+      for i, e in enumerate(EXAMPLES)]
+  job = rl_job.RlJob(context(), stage(), examples=examples, score=Grader())
+  rng = np.random.default_rng(0)
+  scale = np.repeat([1.0, 0.01], 3 * NUM_SAMPLES)
+  rewards = (rng.random(6 * NUM_SAMPLES) * scale).astype(np.float32)
+  chosen = [examples[i] for i in (0, 2, 4, 1, 3, 5)]
+  graded = rl_job.Graded(
+      prompts=[types.Prompt(example=e, tokens=(1, 2), number=0)
+               for e in chosen],
+      rollouts=tiny_model.rollouts(6, NUM_SAMPLES, 6), texts=[], scores=[],
+      rewards=rewards)
+  entropy = np.ones((6 * NUM_SAMPLES, 6), np.float32)
+  got = job.plan(entropy_control.init(), graded, entropy, entropy).advantages
+  by_group = rewards.astype(np.float64).reshape(2, 3, NUM_SAMPLES)
+  centered = by_group - by_group.mean(axis=2, keepdims=True)
+  deviation = by_group.reshape(2, -1).std(axis=1, ddof=1)
+  want = centered / (deviation[:, None, None] + 1e-6)
+  np.testing.assert_allclose(got, want.reshape(-1), rtol=1e-4)
+
+
 def test_shuffled_rewards_are_the_same_rewards_elsewhere():
   (job, where, _), (other, *_) = job_of('on_policy'), job_of('off_policy')
   params = fresh(where).train.params
