@@ -12,9 +12,9 @@ from longjax.evals import stage as evals_stage
 from longjax.reward import hybrid
 from longjax.synthesis import stage as synth_stage
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import progress, rl_job, run_state, sft_job
+from longjax.train import progress, rl_job, rl_stage, run_state, sft_job
 
-Training = sft_job.PretrainStage | sft_job.SftStage | rl_job.RlStage
+Training = sft_job.PretrainStage | sft_job.SftStage | rl_stage.RlStage
 Stage = synth_stage.SynthStage | Training | evals_stage.EvalsStage
 
 DATA_FOLDER = 'data'
@@ -40,7 +40,7 @@ def splits_read(stage: Stage) -> tuple[str, ...]:
   """The splits of the data set that a stage reads."""
   if isinstance(stage, evals_stage.EvalsStage):
     return stage.splits
-  if isinstance(stage, sft_job.SftStage | rl_job.RlStage):
+  if isinstance(stage, sft_job.SftStage | rl_stage.RlStage):
     return (stage.split,)
   return ()
 
@@ -52,7 +52,7 @@ def caps(plan: Sequence[Named]) -> list[synth_stage.Cap]:
     match named.stage:
       case sft_job.SftStage(row_len=max_len):
         field = 'row_len'
-      case rl_job.RlStage(max_prompt_len=max_len):
+      case rl_stage.RlStage(max_prompt_len=max_len):
         field = 'max_prompt_len'
       case evals_stage.EvalsStage(lengths=lengths):
         field, max_len = 'lengths', max(lengths)
@@ -94,8 +94,8 @@ def check_plan(plan: Sequence[Named]) -> None:
 def check_mesh(stage: Stage, context: run_state.Context) -> None:
   """Refuses batches that do not divide over devices."""
   match stage:
-    case rl_job.RlStage():
-      rl_job.check(stage, context)
+    case rl_stage.RlStage():
+      rl_stage.check(stage, context)
     case sft_job.PretrainStage() | sft_job.SftStage():
       sft_job.check(stage, context)
     case evals_stage.EvalsStage():
@@ -105,7 +105,7 @@ def check_mesh(stage: Stage, context: run_state.Context) -> None:
 def optimizer(stage: Training) -> optax.GradientTransformation:
   """Of a stage, with the schedule of all its steps."""
   num_steps = stage.steps
-  if isinstance(stage, rl_job.RlStage):
+  if isinstance(stage, rl_stage.RlStage):
     num_steps *= stage.num_minibatches * stage.num_epochs
   return optimizer_lib.make(stage.optimizer, num_steps=num_steps)
 
@@ -118,7 +118,7 @@ def train(
 ) -> tuple[run_state.RunState, run_state.Place]:
   """Trains one stage to its end."""
   data = context.workdir / DATA_FOLDER
-  if isinstance(stage, rl_job.RlStage):
+  if isinstance(stage, rl_stage.RlStage):
     return rl_job.run(
         context, stage, state, place, examples=dataset.read(data, stage.split),
         score=hybrid.score)
@@ -142,7 +142,7 @@ def synthesise(
         progress=progress.Progress, log=logging.warning,
         check_stop=lambda: context.check_stop('during synth'))
   for named in plan:
-    if isinstance(named.stage, rl_job.RlStage):
+    if isinstance(named.stage, rl_stage.RlStage):
       num_prompts, split = named.stage.num_prompts, named.stage.split
       num_examples = len(dataset.read(directory, split))
       if num_examples < num_prompts:

@@ -21,7 +21,7 @@ from longjax import config, recipe, rows, stages, types
 from longjax.model import huggingface_config
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import rules as rules_lib
-from longjax.train import initial, rl_job, sft_job
+from longjax.train import initial, rl_job, rl_stage, sft_job
 from longjax.train import state as state_lib
 from longjax.train import step as step_lib
 
@@ -73,7 +73,7 @@ def trace_update(model, stage, backend, remat):
   def f32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-  if isinstance(stage, rl_job.RlStage):
+  if isinstance(stage, rl_stage.RlStage):
     loss = functools.partial(rl_job.loss, stage=stage, context=context)
     num_rows = stage.row_multiple
     num_responses = stage.num_prompts * stage.num_samples

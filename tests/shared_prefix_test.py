@@ -217,7 +217,8 @@ def test_devices_and_micro_batches_take_the_same_step(
         metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
   adam = optax.tree_utils.tree_get(after.opt_state, 'ScaleByAdamState')
   tiny_model.assert_trees_close(adam.mu, mu)
-  tiny_model.assert_trees_close(adam.nu, nu)
+  # Squares of gradients, whose relative error is twice that of a gradient.
+  tiny_model.assert_trees_close(*jax.tree.map(np.sqrt, (adam.nu, nu)))
   # Adam divides each gradient by its own size, so only where that is well
   # above rounding does the step say anything.
   clear = jax.tree.map(lambda g: np.abs(g) > 1e-3 * np.abs(g).max(), mu)

@@ -13,7 +13,7 @@ from longjax.rl import clipping, entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import rl_job
+from longjax.train import rl_stage as rl_stage_lib
 
 MODEL = architecture.ModelConfig(
     vocab_size=96, embed_dim=32, ffn_dim=48, num_layers=2, num_heads=4,
@@ -92,9 +92,9 @@ def extras(made: types.Rollouts, seed: int = 0) -> dict[str, np.ndarray]:
   }
 
 
-def rl_stage(**overrides) -> rl_job.RlStage:
+def rl_stage(**overrides) -> rl_stage_lib.RlStage:
   """A stage whose loss has every term: ratio clips, importance weights."""
-  return rl_job.RlStage(**dict(
+  return rl_stage_lib.RlStage(**dict(
       steps=4, num_prompts=8, num_samples=3, max_prompt_len=16, row_len=48,
       sampler=decode.SamplerConfig(temperature=0.7, max_response_len=8),
       optimizer=optimizer_lib.OptimizerConfig(learning_rate=1e-2),

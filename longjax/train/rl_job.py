@@ -13,7 +13,7 @@ tokens, B rows, T positions.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,99 +21,13 @@ import numpy as np
 
 from longjax import rows, types
 from longjax.data import dataset, prompts, task_balance
-from longjax.rl import advantage as advantage_lib
-from longjax.rl import batch, clipping, entropy_control
+from longjax.rl import batch, entropy_control
 from longjax.rl import loss as loss_lib
-from longjax.rollout import decode, engine
+from longjax.rollout import engine
 from longjax.train import metrics as metrics_lib
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import progress, run_state
+from longjax.train import progress, rl_stage, run_state
 from longjax.train import step as step_lib
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RlStage:
-  """One stage of reinforcement learning; defaults follow QwenLong-L1.5.
-
-  Attributes:
-    job: marks the kind of stage.
-    steps: batches of rollouts.
-    split: of the data set, where prompts come from.
-    num_prompts: P, balanced over tasks.
-    num_samples: G.
-    max_prompt_len: cap on prompts in tokens (L_in).
-    sampler: temperature, nucleus and the cap on responses (L_out).
-    row_len: T of the update; at least a prompt and its G longest responses.
-    row_multiple: rows are rounded up to a multiple of this.
-    num_minibatches: updates per batch; more than 1 is off policy.
-    num_epochs: passes over the batch; more than 1 is off policy.
-    num_microbatches: parts an update is split into.
-    optimizer: see there.
-    advantage: see there.
-    aepo: see there.
-    clip: clipping of negative gradients, see there.
-    loss: see there.
-    entropy_source: 'trainer_forward' scores the rows once before the update,
-      which also gives old log-probabilities; 'sampler' trusts what the sampler
-      returned and saves that pass.
-    shuffle_rewards: a control: rewards are permuted over the batch, so that
-      they carry no signal.
-    rollouts_every: steps between prompts whose responses are kept to read.
-  """
-
-  job: Literal['rl'] = 'rl'
-  steps: int
-  split: str = 'rl'
-  num_prompts: int = 128
-  num_samples: int = 8
-  max_prompt_len: int
-  sampler: decode.SamplerConfig
-  row_len: int
-  row_multiple: int = 1
-  num_minibatches: int = 1
-  num_epochs: int = 1
-  num_microbatches: int = 1
-  optimizer: optimizer_lib.OptimizerConfig
-  advantage: advantage_lib.AdvantageConfig = advantage_lib.AdvantageConfig()
-  aepo: entropy_control.AepoConfig = entropy_control.AepoConfig()
-  clip: clipping.NegativeClipConfig = clipping.NegativeClipConfig()
-  loss: loss_lib.LossConfig = loss_lib.LossConfig()
-  entropy_source: Literal['trainer_forward', 'sampler'] = 'trainer_forward'
-  shuffle_rewards: bool = False
-  rollouts_every: int = 10
-
-  def __post_init__(self):
-    for name in ('steps', 'num_prompts', 'max_prompt_len', 'row_len',
-                 'row_multiple', 'num_minibatches', 'num_epochs',
-                 'num_microbatches', 'rollouts_every'):
-      if getattr(self, name) < 1:
-        raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 1.')
-    advantage_lib.check_group_size(self.num_samples)
-    if self.num_prompts % self.num_minibatches:
-      raise types.UserError(
-          f'rl.num_prompts={self.num_prompts} is not a multiple of '
-          f'rl.num_minibatches={self.num_minibatches}.')
-    if self.row_multiple % self.num_microbatches:
-      raise types.UserError(
-          f'rl.row_multiple={self.row_multiple} is not a multiple of '
-          f'rl.num_microbatches={self.num_microbatches}.')
-    longest = (self.max_prompt_len
-               + self.num_samples * self.sampler.max_response_len)
-    if self.row_len < longest:
-      raise types.UserError(
-          f'rl.row_len={self.row_len} cannot hold a prompt of '
-          f'max_prompt_len={self.max_prompt_len} and num_samples='
-          f'{self.num_samples} responses of {self.sampler.max_response_len} '
-          f'tokens; use at least {longest}.')
-    if self.sampler.temperature == 0.0:
-      raise types.UserError(
-          'rl.sampler.temperature=0 samples G equal responses; use e.g. 1.0.')
-    is_off_policy = self.num_minibatches > 1 or self.num_epochs > 1
-    if is_off_policy and self.loss.objective == 'on_policy':
-      raise types.UserError(
-          f'rl.num_minibatches={self.num_minibatches} and rl.num_epochs='
-          f'{self.num_epochs} make later updates off policy; set '
-          "rl.loss.objective='off_policy'.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,30 +44,12 @@ class Graded:
 Score = Callable[..., types.Score]
 
 
-def check(stage: RlStage, context: run_state.Context) -> None:
-  """Refuses batches that do not divide over the mesh."""
-  shards = context.rules.size('batch')
-  for name in ('num_prompts', 'row_multiple'):
-    if getattr(stage, name) % shards:
-      raise types.UserError(
-          f'rl.{name}={getattr(stage, name)} does not divide over the '
-          f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
-          f'use a multiple of {shards}.')
-  rows_at_once = stage.row_multiple // stage.num_microbatches
-  if rows_at_once % shards:
-    raise types.UserError(
-        f'rl.row_multiple={stage.row_multiple} / rl.num_microbatches='
-        f'{stage.num_microbatches} = {rows_at_once} rows do not divide over '
-        f'the {shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
-        f'use a multiple of {stage.num_microbatches * shards} rows.')
-
-
 def loss(
     params: types.Params,
     packed: rows.Rows,
     extras: Mapping[str, jax.Array],
     *,
-    stage: RlStage,
+    stage: rl_stage.RlStage,
     context: run_state.Context,
 ):
   """The policy-gradient loss of some rows; see `step.Loss`.
@@ -194,7 +90,7 @@ class RlJob:
   def __init__(
       self,
       context: run_state.Context,
-      stage: RlStage,
+      stage: rl_stage.RlStage,
       *,
       examples: dataset.Examples,
       score: Score,
@@ -209,7 +105,7 @@ class RlJob:
       score: grades (example, response text, is_finished=) -> Score.
       name: of the stage; its samples depend on it.
     """
-    check(stage, context)
+    rl_stage.check(stage, context)
     self._context = context
     self._name = name
     self._stage = stage
@@ -426,7 +322,7 @@ def _by_response(values: jax.Array) -> np.ndarray:
 
 def run(
     context: run_state.Context,
-    stage: RlStage,
+    stage: rl_stage.RlStage,
     state: run_state.RunState,
     place: run_state.Place,
     *,

@@ -11,6 +11,7 @@ from longjax.data import tokenizer as tokenizer_lib
 from longjax.reward import hybrid
 from longjax.synthesis import python_lookup
 from longjax.synthesis import stage as stage_lib
+from longjax.train import progress
 
 
 @pytest.fixture(scope='module')
@@ -29,8 +30,8 @@ def write(path, directory, tokenizer, *, max_len=4096, **stage):
   lines = []
   stage_lib.run(
       stage_lib.SynthStage(path=str(path), **stage), directory=directory,
-      seed=0, tokenizer=tokenizer, progress=None, check_stop=lambda: None,
-      log=lines.append, caps=[stage_lib.Cap(
+      seed=0, tokenizer=tokenizer, progress=progress.Progress,
+      check_stop=lambda: None, log=lines.append, caps=[stage_lib.Cap(
           split='rl', field='stages.rl.max_prompt_len', max_len=max_len)])
   return lines
 

@@ -15,7 +15,7 @@ from longjax.rl import batch, entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import rl_job, run_state
+from longjax.train import rl_job, rl_stage, run_state
 from tests import tiny_model
 
 NUM_SAMPLES = 3
@@ -257,10 +257,10 @@ def test_impossible_stages_are_refused(overrides, message):
 def test_batches_that_do_not_divide_over_the_mesh_are_refused(
     overrides, message):
   with pytest.raises(types.UserError, match=message):
-    rl_job.check(stage(**overrides), context(data=8))
+    rl_stage.check(stage(**overrides), context(data=8))
 
 
 def test_the_default_stage_is_the_recipes():
-  made = {f.name: f.default for f in dataclasses.fields(rl_job.RlStage)}
+  made = {f.name: f.default for f in dataclasses.fields(rl_stage.RlStage)}
   assert (made['num_prompts'], made['num_samples']) == (128, 8)
   assert (made['num_minibatches'], made['num_epochs']) == (1, 1)
