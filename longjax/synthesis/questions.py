@@ -11,12 +11,14 @@ generators; what has two values in the context is not asked for.
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from longjax import types
-from longjax.synthesis import dialogue, multiple_choice
+from longjax.synthesis import dialogue, multiple_choice, tables
 from longjax.synthesis import world as world_lib
 
+_Key = TypeVar('_Key', bound=Hashable)
 # (question, reasoning that ends in its answer)
 Asked = tuple[str, str]
 # (subject, relation) -> (value, the sentence that states it)
@@ -63,14 +65,22 @@ def ask(
     yield from rng.sample(asked, min(most, len(asked)))
 
 
+def _single_valued(
+    stated: Iterable[tuple[_Key, str, str]],
+) -> dict[_Key, tuple[str, str]]:
+  """(key, value, sentence) by key, without those of two values."""
+  values: dict[_Key, dict[str, str]] = {}
+  for key, value, sentence in stated:
+    values.setdefault(key, {})[value] = sentence
+  return {key: next(iter(said.items()))
+          for key, said in values.items() if len(said) == 1}
+
+
 def _read(said: Iterable[str]) -> dict[tuple[str, str], tuple[str, str]]:
   """The facts with one value."""
-  values: dict[tuple[str, str], dict[str, str]] = {}
-  for sentence in said:
-    if match := _FACT.fullmatch(sentence) or _NUMBER.fullmatch(sentence):
-      values.setdefault((match['s'], match['r']), {})[match['v']] = sentence
-  return {key: next(iter(stated.items()))
-          for key, stated in values.items() if len(stated) == 1}
+  return _single_valued(
+      ((match['s'], match['r']), match['v'], sentence) for sentence in said
+      if (match := _FACT.fullmatch(sentence) or _NUMBER.fullmatch(sentence)))
 
 
 def _word(relation: str) -> str:
@@ -129,44 +139,52 @@ def _choices(facts: Facts, rng: random.Random) -> Iterator[Asked]:
            f'{sentence} {value} is ({letter}).')
 
 
-def _listed(names: Sequence[str]) -> str:
-  return ', '.join(names[:-1]) + f' and {names[-1]}'
+def _two_or_three(
+    held: Sequence[world_lib.Fact], rng: random.Random
+) -> Iterator[list[world_lib.Fact]]:
+  """Every ordered pair, some of them with a third one."""
+  for a, b in itertools.permutations(held, 2):
+    third = rng.choice(held)
+    yield [a, b] if third in (a, b) else [a, b, third]
+
+
+def _aggregated(
+    operation: str, chosen: Sequence[world_lib.Fact], facts: Facts,
+    answer: int, value: str = '',
+) -> Asked:
+  """In the words of `tables`."""
+  relation = chosen[0].relation
+  question, _ = tables.query(
+      operation, [fact.subject for fact in chosen], relation, value)
+  quotes = [facts[fact.subject, relation][1] for fact in chosen]
+  return question, tables.derivation(
+      operation, chosen, quotes, value, answer)
+
+
+def _held(facts: Facts, wanted: str) -> list[world_lib.Fact]:
+  return [
+      world_lib.Fact(subject=subject, relation=relation, value=value)
+      for (subject, relation), (value, _) in facts.items()
+      if relation == wanted]
 
 
 def _totals(facts: Facts, rng: random.Random) -> Iterator[Asked]:
   """Sums over two or three people, and differences of two."""
   for item in world_lib.ITEMS:
-    held = [(subject, int(value), sentence)
-            for (subject, relation), (value, sentence) in facts.items()
-            if relation == item]
-    for a, b in itertools.permutations(held, 2):
-      quotes = f'{a[2]} {b[2]}'
-      if a[1] > b[1]:
-        yield (f'How many more {item} does {a[0]} hold than {b[0]}?',
-               f'{quotes} {a[1]} - {b[1]} = {a[1] - b[1]}.')
-      third = rng.choice(held)
-      chosen = [a, b] if third in (a, b) else [a, b, third]
-      names = _listed([name for name, _, _ in chosen])
-      numbers = [number for _, number, _ in chosen]
-      yield (f'How many {item} do {names} hold in total?',
-             ' '.join(sentence for _, _, sentence in chosen)
-             + f' {" + ".join(map(str, numbers))} = {sum(numbers)}.')
+    for chosen in _two_or_three(_held(facts, item), rng):
+      numbers = [int(fact.value) for fact in chosen]
+      difference = numbers[0] - numbers[1]
+      if difference > 0:
+        yield _aggregated('difference', chosen[:2], facts, difference)
+      yield _aggregated('total', chosen, facts, sum(numbers))
 
 
 def _counts(facts: Facts, rng: random.Random) -> Iterator[Asked]:
   """How many of two or three people wear one colour."""
-  worn = [(subject, value, sentence)
-          for (subject, relation), (value, sentence) in facts.items()
-          if relation == 'badge']
-  for a, b in itertools.permutations(worn, 2):
-    third = rng.choice(worn)
-    chosen = [a, b] if third in (a, b) else [a, b, third]
-    color, so_far, steps = rng.choice(chosen)[1], 0, []
-    for _, value, sentence in chosen:
-      so_far += value == color
-      steps.append(f'{sentence} So far {so_far}.')
-    names = _listed([name for name, _, _ in chosen])
-    yield f'How many of {names} have a {color} badge?', ' '.join(steps)
+  for chosen in _two_or_three(_held(facts, 'badge'), rng):
+    color = rng.choice(chosen).value
+    answer = sum(fact.value == color for fact in chosen)
+    yield _aggregated('count', chosen, facts, answer, color)
 
 
 def _replies(documents: Iterable[types.Document]) -> Iterator[Asked]:
@@ -188,22 +206,23 @@ def _keys(
     said: Sequence[str], facts: Facts
 ) -> tuple[list[Asked], list[Asked]]:
   """One link of a key chain; and a whole chain with its question's answer."""
-  links = {match[1]: (match[2], sentence) for sentence in said
-           if (match := _LINK.fullmatch(sentence))}
-  asks = {match[1]: (match[2], sentence) for sentence in said
-          if (match := _ASKS.fullmatch(sentence))}
+  targets = _single_valued(
+      (match[1], match[2], sentence)
+      for pattern in (_LINK, _ASKS) for sentence in said
+      if (match := pattern.fullmatch(sentence)))
   answers = dict(_lookups(facts))
   single = [(f'Follow key {key}.', sentence)
-            for key, (_, sentence) in (links | asks).items()]
+            for key, (_, sentence) in targets.items()]
   chains = []
-  for first in links:
-    told, key, ahead = [], first, dict(links)
+  for first, (target, _) in targets.items():
+    if target.endswith('?'):
+      continue
+    told, key, ahead = [], first, dict(targets)
     while key in ahead:  # Each link once: merged contexts may hold cycles.
       key, sentence = ahead.pop(key)
       told.append(sentence)
-    question, sentence = asks.get(key, ('', ''))
-    if question in answers:
+    if key in answers:  # Where it ends: a question.
       chains.append((
           f'Follow key {first}. What is the answer to its question?',
-          ' '.join([*told, sentence, answers[question]])))
+          ' '.join([*told, answers[key]])))
   return single, chains

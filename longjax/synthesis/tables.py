@@ -34,7 +34,7 @@ def _listed(names: Sequence[str]) -> str:
   return ', '.join(names[:-1]) + f' and {names[-1]}'
 
 
-def _query(
+def query(
     operation: str, names: Sequence[str], relation: str, value: str
 ) -> tuple[str, str]:
   """The English question and the SQL query; names are plain letters."""
@@ -59,7 +59,7 @@ def _query(
   raise ValueError(f'No operation {operation!r}.')
 
 
-def _derivation(
+def derivation(
     operation: str, facts: Sequence[world_lib.Fact], quotes: Sequence[str],
     value: str, answer: int,
 ) -> str:
@@ -125,7 +125,7 @@ def generate(
   relation = facts[0].relation
   pages = [world.page('person', subject=fact.subject, facts=[fact])
            for fact in facts]
-  question, sql = _query(
+  question, sql = query(
       operation, [fact.subject for fact in facts], relation, value)
   answer = execute([fact for page in pages for fact in page.facts], sql)
   if answer is None or answer <= 0:
@@ -141,7 +141,7 @@ def generate(
       instruction='Answer with the number only.',
       answers=(str(answer),),
       evidence=world_lib.locate(documents, quotes),
-      reasoning=_derivation(operation, facts, quotes, value, answer),
+      reasoning=derivation(operation, facts, quotes, value, answer),
       hops=num_entities,
       meta={
           'operation': operation,

@@ -64,7 +64,7 @@ def test_queries_ignore_other_people_and_other_items(operation, expected):
            Fact(subject='B', relation='ropes', value='2'),
            Fact(subject='C', relation='ropes', value='9'),
            Fact(subject='A', relation='bells', value='8')]
-  _, sql = tables._query(operation, ['A', 'B'], 'ropes', '')
+  _, sql = tables.query(operation, ['A', 'B'], 'ropes', '')
   assert tables.execute(facts, sql) == expected
 
 
@@ -82,10 +82,10 @@ def test_more_people_than_numbers_still_have_one_most():
 def test_counting_compares_words():
   facts = [Fact(subject=name, relation='badge', value=color)
            for name, color in zip('ABC', ('red', 'blue', 'red'), strict=True)]
-  _, sql = tables._query('count', ['A', 'B', 'C'], 'badge', 'red')
+  _, sql = tables.query('count', ['A', 'B', 'C'], 'badge', 'red')
   assert tables.execute(facts, sql) == 2
 
 
 def test_an_empty_sum_is_none():
-  _, sql = tables._query('total', ['A', 'B'], 'ropes', '')
+  _, sql = tables.query('total', ['A', 'B'], 'ropes', '')
   assert tables.execute([], sql) is None

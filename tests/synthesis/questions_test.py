@@ -130,3 +130,14 @@ def test_sentences_end_in_a_full_stop_or_a_question_mark():
   assert questions.sentences([document]) == [
       'Key a3f asks: Who is the baker of Rertes?',
       'The twin of Lalmas is Virban.', 'User: Write a note.']
+
+
+def test_keys_that_go_round_or_land_on_two_are_survived():
+  document = types.Document(
+      title='A', text='Key a1 lands on key b2. Key b2 lands on key a1. '
+      'Key c3 lands on key d4. Key c3 lands on key e5. '
+      'Key e5 asks: Who is the rival of Dorvan? The rival of Dorvan is Golwis.')
+  asked = dict(questions.ask([document], random.Random(0), most=9))
+  assert 'Follow key a1.' in asked and 'Follow key e5.' in asked
+  assert 'Follow key c3.' not in asked
+  assert not any('What is the answer' in question for question in asked)
