@@ -9,6 +9,7 @@
 # Paths are relative to the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck disable=SC2119
 set_up
 
 cd "$root"

@@ -1,24 +1,21 @@
-# Sourced by local.sh and test.sh: `set_up [EXTRA...]` makes .venv in the
+# Sourced by the scripts that install: `set_up [EXTRA...]` makes .venv in the
 # checkout, installs longjax into it and sets $python. Fast when nothing has
 # changed.
 #
 #   PYTHON=python3.12        the interpreter to build .venv from
 #   LONGJAX_VENV=DIR         another place for the environment
 #   LONGJAX_PLATFORM=cpu     or cuda, tpu: instead of looking for hardware
+#   LONGJAX_EXTRAS=gcs       more extras, e.g. for work directories at gs://
 # shellcheck shell=bash
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
 venv=${LONGJAX_VENV:-$root/.venv}
 python=$venv/bin/python
 # A directory without this file was not made here and is never deleted.
 mark=$venv/.made-by-longjax
 # Written last: what was installed. Without it the environment is half made.
 stamp=$venv/.longjax-installed
-
-fail() {
-  echo "longjax: error: $*" >&2
-  exit 2
-}
 
 # Prints a Python >= 3.11 that can make environments.
 find_python() {
@@ -91,7 +88,7 @@ includes() {
 }
 
 set_up() {
-  local wanted=$* platform sources installed='' found=''
+  local wanted="$* ${LONGJAX_EXTRAS-}" platform sources installed='' found=''
   platform=$(find_platform) || exit 2
   if [[ $platform != cpu ]]; then
     wanted="$wanted $platform"
@@ -107,7 +104,7 @@ set_up() {
       'LONGJAX_VENV to another directory.'
   fi
   if [[ -r $stamp ]]; then
-    { read -r found && read -r installed || true; } <"$stamp"
+    { read -r found && read -r installed; } <"$stamp" || true
   fi
   if [[ ! -r $stamp ]] || ! "$python" -c '' 2>/dev/null; then
     make_venv
@@ -116,6 +113,7 @@ set_up() {
     return
   fi
 
+  # shellcheck disable=SC2086
   wanted=$(printf '%s\n' $installed $wanted | sort -u | xargs)
   rm -f "$stamp"
   echo "longjax: installing longjax${wanted:+[${wanted// /,}]} and what it" \
