@@ -1,4 +1,6 @@
-"""The chat template: what a prompt and a response look like in tokens.
+"""Chat: what a prompt and a response look like in tokens.
+
+With the template of a byte-level tokenizer of Qwen3 (`turns.CHATML`):
 
   <|im_start|>user
   [title of document 1]
@@ -8,11 +10,23 @@
 
   question instruction<|im_end|>
   <|im_start|>assistant
-  <think>...reasoning...</think>The answer is 42.<|im_end|>
+  <think>
+  ...reasoning...
+  </think>
 
-The prompt ends after '<think>', so a response starts inside the thinking
-span. Every document and the question are encoded on their own: token counts
-add up, and questions about the same documents share a prefix token by token.
+  The answer is 42.<|im_end|>
+
+The prompt ends with '<think>' and its line break, so a response starts at the
+first word of the reasoning. It is the text of the Thinking-2507 models' own
+template; that of the first Qwen3 models leaves '<think>' and the line break to
+the model, which writes just these. There is no system turn. The SentencePiece
+tokenizers (`turns.COMPACT`) have no line breaks beside the think tags: there
+the prompt ends with the tag itself.
+
+Every document and the question are encoded on their own: token counts add up,
+and questions about the same documents share a prefix token by token. Where
+parts meet, ids may differ from those of the whole text encoded at once: two
+line breaks are then one token.
 """
 
 import dataclasses
@@ -20,6 +34,7 @@ from collections.abc import Sequence
 
 from longjax import types
 from longjax.data import tokenizer as tokenizer_lib
+from longjax.data import turns
 
 ANSWER_CUE = 'The answer is'
 
@@ -54,8 +69,7 @@ def context_tokens(
     documents: Sequence[types.Document], tokenizer: tokenizer_lib.Tokenizer
 ) -> list[int]:
   """Ids of the turn's opening and the documents, up to the question."""
-  ids = [tokenizer.special(tokenizer_lib.TURN_START)]
-  ids += tokenizer.encode('user\n')
+  ids = tokenizer.encode_template(tokenizer.turns.user_start)
   for document in documents:
     ids += document_tokens(document, tokenizer)
   return ids
@@ -73,14 +87,11 @@ def turn_tokens(
     asked: str, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[int]:
   """Ids from what is asked to the start of the response."""
-  special = tokenizer.special
+  template = tokenizer.turns
   return [
       *tokenizer.encode('\n' + asked),
-      special(tokenizer_lib.TURN_END),
-      *tokenizer.encode('\n'),
-      special(tokenizer_lib.TURN_START),
-      *tokenizer.encode('assistant\n'),
-      special(tokenizer_lib.THINK_START),
+      *tokenizer.encode_template(
+          template.user_end + template.assistant_start + template.think_start),
   ]
 
 
@@ -90,6 +101,16 @@ def document_tokens(
   """Ids one document adds to a prompt."""
   title = f'[{document.title}]\n' if document.title else ''
   return tokenizer.encode(f'{title}{document.text}\n')
+
+
+def reasoning_tokens(
+    reasoning: str, tokenizer: tokenizer_lib.Tokenizer
+) -> list[int]:
+  """Ids of a response up to and including '</think>'."""
+  return [
+      *tokenizer.encode(reasoning + tokenizer.turns.reasoning_end),
+      *tokenizer.encode_template(turns.THINK_END),
+  ]
 
 
 def render_response(
@@ -117,17 +138,16 @@ def render_response(
     stop = '' if answer_text.endswith('.') else '.'
     answer = f'{ANSWER_CUE} {answer_text}{stop}'
   return [
-      *tokenizer.encode(reasoning),
-      tokenizer.special(tokenizer_lib.THINK_END),
-      *tokenizer.encode(answer),
-      tokenizer.stop_id,
+      *reasoning_tokens(reasoning, tokenizer),
+      *tokenizer.encode(tokenizer.turns.answer_start + answer),
+      tokenizer.stop_ids[0],
   ]
 
 
 def split_response(text: str) -> Response:
   """Separates thinking from answer at the last '</think>'."""
-  text = text.removesuffix(tokenizer_lib.TURN_END)
-  thinking, tag, answer = text.rpartition(tokenizer_lib.THINK_END)
+  text = text.removesuffix(turns.TURN_END)
+  thinking, tag, answer = text.rpartition(turns.THINK_END)
   if not tag:
     return Response(thinking=text, answer='')
   return Response(thinking=thinking, answer=answer)

@@ -1,12 +1,12 @@
-"""Text to token ids and back, exactly.
+"""The tokenizer of a model directory: read, trained or written.
 
-A SentencePiece BPE model with byte fallback and no normalisation: decoding
-what was encoded gives the same string, whatever it holds. Special tokens are
-control symbols: they are asked for by name (`special`) and never arise from
-text, so a document that spells out '<|im_end|>' cannot end a turn.
+Two kinds, told apart by the file that is there:
 
-The files lie in a Hugging Face model directory: `tokenizer.model` and
-`tokenizer_config.json`.
+  tokenizer.model  SentencePiece, as `train` makes it; `sentencepiece_tokenizer`
+  tokenizer.json   byte-level BPE of Qwen and others; `byte_level_tokenizer`
+
+Where both are, tokenizer.model counts: only our own runs write one that can be
+used, and what they trained knows its ids.
 """
 
 import collections
@@ -17,94 +17,48 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
 
 from longjax import types
-
-END_OF_TEXT = '<|endoftext|>'
-TURN_START = '<|im_start|>'
-TURN_END = '<|im_end|>'
-THINK_START = '<think>'
-THINK_END = '</think>'
-SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, THINK_START, THINK_END)
+from longjax.data import byte_level_tokenizer, sentencepiece_tokenizer, turns
 
 MODEL_FILE = 'tokenizer.model'
 CONFIG_FILE = 'tokenizer_config.json'
 
-# SentencePiece writes a space as this character, so a genuine one would come
-# back as a space; it is encoded by its bytes instead.
-_SPACE_MARK = '\u2581'
 _SURROGATE = re.compile('[\ud800-\udfff]')
 # Control symbols, the unknown piece and 256 bytes are always there.
-_NUM_RESERVED = len(SPECIAL_TOKENS) + 1 + 256
+_NUM_RESERVED = len(sentencepiece_tokenizer.SPECIAL_TOKENS) + 1 + 256
 # The trainer drops tabs' whole sentence and counts lengths in bytes.
 _TRAINING_CHUNK_CHARS = 1 << 16
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
   """Encodes and decodes; immutable.
 
+  Special tokens are asked for by name or through a template, and never arise
+  from text: a document that spells out '<|im_end|>' cannot end a turn.
+
   Attributes:
-    vocab_size: number of ids; every id is in [0, vocab_size).
-    pad_id: fills places that hold no token ('<|endoftext|>').
-    stop_id: ends a response ('<|im_end|>').
+    vocab_size: every id is in [0, vocab_size).
+    pad_id: fills places that hold no token.
+    stop_ids: each ends a response; the first is the end of a turn, which
+      demonstrations end with.
+    turns: what stands around a question and its answer.
   """
 
-  def __init__(self, model_bytes: bytes):
-    """Makes a tokenizer from the content of a `tokenizer.model`.
-
-    Raises:
-      UserError: the bytes are no SentencePiece model, or one without the
-        special tokens or byte pieces.
-    """
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-      processor.LoadFromSerializedProto(model_bytes)
-    except (RuntimeError, OSError) as e:
-      raise types.UserError(
-          f'{MODEL_FILE} is not a SentencePiece model ({len(model_bytes)} '
-          'bytes, torn or of another kind); restore the file or train a new '
-          'tokenizer.') from e
-    self._model_bytes = model_bytes
-    self._processor = processor
-    self.vocab_size: int = processor.GetPieceSize()
-    pieces = [processor.IdToPiece(i) for i in range(self.vocab_size)]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    bytes_of = {f'<0x{b:02X}>': bytes([b]) for b in range(256)}
-    self._special = {
-        name: ids[name] for name in SPECIAL_TOKENS
-        if name in ids and processor.IsControl(ids[name])
-    }
-    missing = [name for name in SPECIAL_TOKENS if name not in self._special]
-    missing += [name for name in bytes_of if name not in ids][:1]
-    if missing:
-      raise types.UserError(
-          f'{MODEL_FILE} lacks the pieces {missing}; use a tokenizer trained '
-          'with byte fallback and these control symbols.')
-    self._byte_ids = [ids[f'<0x{b:02X}>'] for b in range(256)]
-    self._text_of_id = [
-        bytes_of[piece] if processor.IsByte(i)
-        else b'\xff' if processor.IsUnknown(i)
-        else piece.encode() if processor.IsControl(i)
-        else piece.replace(_SPACE_MARK, ' ').encode()
-        for i, piece in enumerate(pieces)
-    ]
-    self.pad_id: int = self._special[END_OF_TEXT]
-    self.stop_id: int = self._special[TURN_END]
+  vocab_size: int
+  pad_id: int
+  stop_ids: tuple[int, ...]
+  turns: turns.TurnTemplate
 
   def ordinary_ids(self) -> np.ndarray:  # i32[...]
-    """Ids that stand for text of their own: no control or byte pieces."""
-    return np.asarray([
-        i for i in range(self.vocab_size)
-        if not self._processor.IsControl(i)
-        and not self._processor.IsByte(i)
-        and not self._processor.IsUnknown(i)], np.int32)
+    """Ids that stand for text of their own, not for parts of characters."""
 
   def special(self, name: str) -> int:
-    """Id of one of `SPECIAL_TOKENS`."""
-    return self._special[name]
+    """Id of a special token; KeyError if there is none of that name."""
 
   def encode(self, text: str) -> list[int]:
     """Ids of plain text; special tokens spelled out in it stay text.
@@ -113,18 +67,9 @@ class Tokenizer:
       UserError: the text holds half a surrogate pair, which no Unicode
         encoding can store.
     """
-    broken = _SURROGATE.search(text)
-    if broken:
-      raise types.UserError(
-          f'text holds the lone surrogate {broken.group()!r} at character '
-          f'{broken.start()}; repair or drop it where the text is read.')
-    ids: list[int] = []
-    for i, part in enumerate(text.split(_SPACE_MARK)):
-      if i:
-        ids.extend(self._byte_ids[b] for b in _SPACE_MARK.encode())
-      if part:
-        ids.extend(self._processor.EncodeAsIds(part))
-    return ids
+
+  def encode_template(self, text: str) -> list[int]:
+    """Ids of a string of `turns`: special tokens in it are themselves."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of ids; special tokens are written out.
@@ -132,36 +77,6 @@ class Tokenizer:
     Bytes that form no character, and ids past the vocabulary (a model may
     have a padded embedding table), become U+FFFD.
     """
-    parts = []
-    for i in ids:
-      if i < 0:
-        raise ValueError(f'token id {i} is negative.')
-      parts.append(
-          self._text_of_id[i] if i < self.vocab_size else b'\xff')
-    return b''.join(parts).decode('utf-8', errors='replace')
-
-  def save(self, directory: str | os.PathLike[str]) -> None:
-    """Writes the two files; each appears complete or not at all.
-
-    Raises:
-      UserError: they cannot be written.
-    """
-    path = pathlib.Path(directory)
-    config = {
-        'tokenizer_class': 'LlamaTokenizer',
-        'add_bos_token': False,
-        'add_eos_token': False,
-        'add_prefix_space': False,
-        'clean_up_tokenization_spaces': False,
-        'legacy': False,
-        'bos_token': None,
-        'eos_token': TURN_END,
-        'pad_token': END_OF_TEXT,
-        'additional_special_tokens': [TURN_START, THINK_START, THINK_END],
-    }
-    _replace(path / MODEL_FILE, self._model_bytes)
-    _replace(
-        path / CONFIG_FILE, (json.dumps(config, indent=2) + '\n').encode())
 
 
 def load(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -170,18 +85,45 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
   Raises:
     UserError: there is none, or it is unreadable.
   """
-  path = pathlib.Path(directory) / MODEL_FILE
-  if not path.is_file():
-    raise types.UserError(
-        f'no {MODEL_FILE} in {path.parent}; give a model directory that '
-        'holds a SentencePiece tokenizer.')
+  path = pathlib.Path(directory)
   try:
-    return Tokenizer(path.read_bytes())
+    if (path / MODEL_FILE).is_file():
+      return sentencepiece_tokenizer.SentencePieceTokenizer(
+          _read(path / MODEL_FILE))
+    if (path / byte_level_tokenizer.JSON_FILE).is_file():
+      return _load_byte_level(path)
   except types.UserError as e:
-    raise types.UserError(f'{path.parent}: {e}') from e
+    raise types.UserError(f'{path}: {e}') from e
+  raise types.UserError(
+      f'no {MODEL_FILE} in {path} and no {byte_level_tokenizer.JSON_FILE} '
+      'either; give a model directory that holds a tokenizer.')
+
+
+def _load_byte_level(path: pathlib.Path) -> Tokenizer:
+  """Reads tokenizer.json and, where they are, the files beside it."""
+  configs = []
+  for name in (CONFIG_FILE, byte_level_tokenizer.GENERATION_FILE):
+    config: Any = {}
+    if (path / name).is_file():
+      try:
+        config = json.loads(_read(path / name))
+      except ValueError as e:
+        raise types.UserError(
+            f'{name} is no JSON ({e}); restore the file.') from e
+    if not isinstance(config, dict):
+      raise types.UserError(f'{name} holds no JSON object; restore the file.')
+    configs.append(config)
+  return byte_level_tokenizer.ByteLevelTokenizer(
+      _read(path / byte_level_tokenizer.JSON_FILE),
+      config=configs[0], generation_config=configs[1])
+
+
+def _read(path: pathlib.Path) -> bytes:
+  try:
+    return path.read_bytes()
   except OSError as e:
     raise types.UserError(
-        f'{path} cannot be read ({e.strerror}); check its permissions.'
+        f'{path.name} cannot be read ({e.strerror}); check its permissions.'
     ) from e
 
 
@@ -190,7 +132,7 @@ def train(
     *,
     vocab_size: int,
     directory: str | os.PathLike[str],
-) -> Tokenizer:
+) -> sentencepiece_tokenizer.SentencePieceTokenizer:
   """Trains a tokenizer and saves it; equal texts give equal bytes.
 
   Args:
@@ -237,19 +179,19 @@ def train(
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
       allow_whitespace_only_pieces=True,
-      pad_id=0, pad_piece=END_OF_TEXT,
+      pad_id=0, pad_piece=turns.END_OF_TEXT,
       unk_id=1, unk_piece='<unk>',
-      eos_id=2, eos_piece=TURN_END,
+      eos_id=2, eos_piece=turns.TURN_END,
       bos_id=-1,
-      control_symbols=[TURN_START, THINK_START, THINK_END],
+      control_symbols=[turns.TURN_START, turns.THINK_START, turns.THINK_END],
       max_sentence_length=8 * _TRAINING_CHUNK_CHARS,
       input_sentence_size=0,
       shuffle_input_sentence=False,
       num_threads=1,
       minloglevel=2,
   )
-  tokenizer = Tokenizer(model.getvalue())
-  tokenizer.save(directory)
+  tokenizer = sentencepiece_tokenizer.SentencePieceTokenizer(model.getvalue())
+  save(tokenizer, directory)
   return tokenizer
 
 
@@ -260,6 +202,34 @@ def _pieces_of(corpus: Sequence[str], alphabet: set[str]) -> Iterator[str]:
     for part in outside.split(text):
       for start in range(0, len(part), _TRAINING_CHUNK_CHARS):
         yield part[start:start + _TRAINING_CHUNK_CHARS]
+
+
+def save(
+    tokenizer: sentencepiece_tokenizer.SentencePieceTokenizer,
+    directory: str | os.PathLike[str],
+) -> None:
+  """Writes its two files; each appears complete or not at all.
+
+  Raises:
+    UserError: they cannot be written.
+  """
+  path = pathlib.Path(directory)
+  config = {
+      'tokenizer_class': 'LlamaTokenizer',
+      'add_bos_token': False,
+      'add_eos_token': False,
+      'add_prefix_space': False,
+      'clean_up_tokenization_spaces': False,
+      'legacy': False,
+      'bos_token': None,
+      'eos_token': turns.TURN_END,
+      'pad_token': turns.END_OF_TEXT,
+      'additional_special_tokens': [
+          turns.TURN_START, turns.THINK_START, turns.THINK_END],
+  }
+  _replace(path / MODEL_FILE, tokenizer.model_bytes)
+  _replace(
+      path / CONFIG_FILE, (json.dumps(config, indent=2) + '\n').encode())
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:

@@ -165,9 +165,9 @@ def _asked(
   """A question as plain text, or as a turn that thinks and says no more."""
   if rng.random() < 0.5:
     return _text_branch(tokenizer, f'\n{question}', f' {reasoning}\n')
-  return _branch(chat.turn_tokens(question, tokenizer), [
-      *tokenizer.encode(reasoning),
-      tokenizer.special(tokenizer_lib.THINK_END)])
+  return _branch(
+      chat.turn_tokens(question, tokenizer),
+      chat.reasoning_tokens(reasoning, tokenizer))
 
 
 def _documents(

@@ -8,7 +8,10 @@ import sentencepiece
 from hypothesis import strategies as st
 
 from longjax import types
+from longjax.data import sentencepiece_tokenizer
 from longjax.data import tokenizer as tokenizer_lib
+
+NAMES = sentencepiece_tokenizer.SPECIAL_TOKENS
 
 CORPUS = [
     'The mayor of Oslo met Ada in 1984.\n\nShe paid 12.5% of 1,300 crowns. ',
@@ -28,7 +31,7 @@ def tokenizer(tmp_path_factory):
 
 
 def special_ids(tokenizer):
-  return {tokenizer.special(name) for name in tokenizer_lib.SPECIAL_TOKENS}
+  return {tokenizer.special(name) for name in NAMES}
 
 
 @hypothesis.settings(max_examples=300, deadline=None)
@@ -42,7 +45,7 @@ def test_decoding_what_was_encoded_gives_the_same_string(tokenizer, text):
 
 @pytest.mark.parametrize('text', [
     '', ' ', '   a  b ', '\n\n\na\n', '\u2581', ' \u2581 x\u2581\u2581', '\0',
-    '\r\n\t', '<s></s><unk><pad><0x41>\u2047', *tokenizer_lib.SPECIAL_TOKENS,
+    '\r\n\t', '<s></s><unk><pad><0x41>\u2047', *NAMES,
     'x' * 20_000, CORPUS[0],
 ])
 def test_awkward_texts_survive(tokenizer, text):
@@ -62,7 +65,7 @@ def test_any_ids_decode(tokenizer, ids):
 
 def test_special_tokens_are_written_out(tokenizer):
   ids = [tokenizer.special('<think>'), *tokenizer.encode('so'),
-         tokenizer.special('</think>'), tokenizer.stop_id, tokenizer.pad_id]
+         tokenizer.special('</think>'), *tokenizer.stop_ids, tokenizer.pad_id]
   assert tokenizer.decode(ids) == '<think>so</think><|im_end|><|endoftext|>'
   assert len(special_ids(tokenizer)) == 5
 
@@ -86,11 +89,11 @@ def test_training_repeats_itself_bit_by_bit(tmp_path, tokenizer):
 
 
 def test_a_loaded_tokenizer_is_the_saved_one(tmp_path, tokenizer):
-  tokenizer.save(tmp_path)
+  tokenizer_lib.save(tokenizer, tmp_path)
   loaded = tokenizer_lib.load(tmp_path)
   assert loaded.encode(CORPUS[2]) == tokenizer.encode(CORPUS[2])
-  assert (loaded.vocab_size, loaded.pad_id, loaded.stop_id) == (
-      tokenizer.vocab_size, tokenizer.pad_id, tokenizer.stop_id)
+  assert (loaded.vocab_size, loaded.pad_id, loaded.stop_ids) == (
+      tokenizer.vocab_size, tokenizer.pad_id, tokenizer.stop_ids)
   assert sorted(p.name for p in tmp_path.iterdir()) == [
       'tokenizer.model', 'tokenizer_config.json']
   config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
@@ -109,7 +112,7 @@ def test_a_wide_alphabet_falls_back_to_bytes(tmp_path):
 def test_odd_training_texts_are_taken(tmp_path):
   texts = ['a\tb\0c\u2581d\ud800e', '<|im_end|> is a tag', '', 'x' * 200_000]
   tokenizer = tokenizer_lib.train(texts, vocab_size=300, directory=tmp_path)
-  assert tokenizer.stop_id not in tokenizer.encode('<|im_end|>')
+  assert tokenizer.stop_ids[0] not in tokenizer.encode('<|im_end|>')
 
 
 @pytest.mark.parametrize('texts', [[], ['', ' \n'], ['\t\u2581']])
@@ -142,7 +145,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize('damage', [
     lambda b: b'', lambda b: b'not a model', lambda b: b[:len(b) // 2]])
 def test_a_torn_file_is_refused(tmp_path, tokenizer, damage):
-  tokenizer.save(tmp_path)
+  tokenizer_lib.save(tokenizer, tmp_path)
   file = tmp_path / 'tokenizer.model'
   file.write_bytes(damage(file.read_bytes()))
   with pytest.raises(types.UserError, match=r'tokenizer\.model'):
@@ -161,11 +164,11 @@ def test_a_model_without_the_special_tokens_is_refused(tmp_path):
 def test_a_place_that_cannot_be_written_is_reported(tmp_path, tokenizer):
   (tmp_path / 'file').touch()
   with pytest.raises(types.UserError, match=r'tokenizer\.model cannot be wri'):
-    tokenizer.save(tmp_path / 'file' / 'deeper')
+    tokenizer_lib.save(tokenizer, tmp_path / 'file' / 'deeper')
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, tokenizer, monkeypatch):
-  tokenizer.save(tmp_path)
+  tokenizer_lib.save(tokenizer, tmp_path)
   before = (tmp_path / 'tokenizer.model').read_bytes()
 
   def full(descriptor):
@@ -173,6 +176,6 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, tokenizer, monkeypatch):
 
   monkeypatch.setattr(os, 'fsync', full)
   with pytest.raises(types.UserError, match='No space left on device'):
-    tokenizer.save(tmp_path)
+    tokenizer_lib.save(tokenizer, tmp_path)
   assert (tmp_path / 'tokenizer.model').read_bytes() == before
   assert len(list(tmp_path.iterdir())) == 2

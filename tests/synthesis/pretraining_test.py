@@ -46,7 +46,7 @@ def plain(group):
 
 
 def is_page(group, tokenizer):
-  return group.prompt[0] == tokenizer.special(tokenizer_lib.TURN_START)
+  return group.prompt[0] == tokenizer.special('<|im_start|>')
 
 
 def is_repeat(group):
