@@ -57,6 +57,8 @@ class Rows:
       per-response arrays such as advantages f32[N]; 0 where not trained.
     response_index: i32, index of the target inside its response, indexing
       per-token arrays f32[N, R]; 0 where not trained.
+    expert_ids: [B, T, L, A], the experts the sampler sent each token to, for
+      the trainer to send it there again; None lets it choose.
   """
 
   tokens: jax.Array
@@ -65,6 +67,7 @@ class Rows:
   loss_mask: jax.Array
   trajectory: jax.Array
   response_index: jax.Array
+  expert_ids: jax.Array | None = None
 
 
 def visible(
@@ -96,11 +99,14 @@ class Branch:
     trajectory: row of the per-response arrays.
     extra_prompt: ids between the shared prefix and the response, read but not
       trained: questions about one document each have their own.
+    expert_ids: [., L, A] where the sampler sent the tokens the branch reads;
+      None if it did not say.
   """
 
   response: Sequence[int]
   trajectory: int
   extra_prompt: Sequence[int] = ()
+  expert_ids: np.ndarray | None = None
 
   def __post_init__(self):
     # Its head would stand in the row without being counted in `num_tokens`.
@@ -116,10 +122,12 @@ class Group:
   Attributes:
     prompt: ids of the shared prompt, at least one.
     branches: the responses, at least one.
+    expert_ids: [., L, A] of the prompt's tokens but the last, as in `Branch`.
   """
 
   prompt: Sequence[int]
   branches: Sequence[Branch]
+  expert_ids: np.ndarray | None = None
 
   @property
   def num_tokens(self) -> int:
@@ -200,6 +208,10 @@ def pack(
         f'{len(groups)} groups need {len(placed)} rows of row_len={row_len} '
         f'but num_rows={num_rows}; raise one of them.')
   rows = empty(num_rows, row_len)
+  example = next((g.expert_ids for g in groups), None)
+  if example is not None:
+    rows = dataclasses.replace(rows, expert_ids=np.zeros(
+        (num_rows, row_len, *example.shape[1:]), example.dtype))
   for r, row_groups in enumerate(placed):
     start = 0
     for number, group in enumerate(row_groups):
@@ -216,6 +228,8 @@ def _write_group(
   rows.tokens[row, start:end] = group.prompt[:-1]
   rows.meta.group[row, start:end] = number
   rows.meta.position[row, start:end] = np.arange(prefix_len)
+  if rows.expert_ids is not None:
+    rows.expert_ids[row, start:end] = group.expert_ids
   for b, branch in enumerate(group.branches, start=1):
     start = end
     inputs = [group.prompt[-1], *branch.extra_prompt, *branch.response[:-1]]
@@ -224,6 +238,8 @@ def _write_group(
     rows.meta.group[row, start:end] = number
     rows.meta.branch[row, start:end] = b
     rows.meta.position[row, start:end] = prefix_len + np.arange(len(inputs))
+    if rows.expert_ids is not None:
+      rows.expert_ids[row, start:end] = branch.expert_ids
     first = end - len(branch.response)
     rows.targets[row, first:end] = branch.response
     rows.loss_mask[row, first:end] = True

@@ -108,6 +108,9 @@ class Rollouts:
     entropy: f32[P, G, R] entropy (nats) of that distribution; 0 past the end.
     entropy_t1: f32[P, G, R] the same at temperature 1.
     is_finished: bool[P, G] True if the response ended with a stop token.
+    expert_ids: [P, G, R, L, A] the experts each token read went to (slot 0 is
+      the last prompt token, slot t response token t - 1); None if not asked.
+    prompt_expert_ids: [P, S, L, A] the same of the prompt's tokens.
   """
 
   tokens: jax.Array
@@ -116,6 +119,8 @@ class Rollouts:
   entropy: jax.Array
   entropy_t1: jax.Array
   is_finished: jax.Array
+  expert_ids: jax.Array | None = None
+  prompt_expert_ids: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

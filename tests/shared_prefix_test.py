@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from longjax import rows
-from longjax.model import transformer
+from longjax.model import compute as compute_lib
 from longjax.rl import batch
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_job, sft_job, state, step
@@ -71,10 +71,9 @@ def loss_of(kind, **how):
 
 
 @functools.cache
-def gradient_program(kind='rl', backend='reference', remat='none'):
+def gradient_program(kind='rl', **compute):
   loss = loss_of(
-      kind, made=tiny_model.rules(), backend=backend,
-      remat=transformer.Remat(remat))
+      kind, made=tiny_model.rules(), **compute)
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -108,10 +107,11 @@ def test_the_comparison_is_not_empty():
 def test_the_loss_is_the_recipes_formula_response_by_response():
   flat = repeated()
   score = step.make_score(
-      config=tiny_model.MODEL, rules=tiny_model.rules(), backend='reference',
+      config=tiny_model.MODEL, rules=tiny_model.rules(),
+      compute=compute_lib.Compute(attention='reference'),
       temperature=STAGE.sampler.temperature)
   logprobs = np.asarray(
-      score(tiny_model.params(), flat).logprobs, np.float64)
+      score(tiny_model.params(), flat).head.logprobs, np.float64)
   given, total, config = EXTRAS['rl'], 0.0, STAGE.loss
   for n in range(NUM_ROWS):  # Row n holds response n.
     advantage = float(given['advantages'][n])
@@ -136,7 +136,7 @@ def test_shared_prompts_equal_repeated_prompts(kind):
 
 
 def test_blockwise_attention_with_recomputed_blocks_does_too():
-  program = gradient_program(backend='blockwise', remat='block')
+  program = gradient_program(attention='blockwise', remat='block')
   for packed in (shared(), repeated()):
     got = program(tiny_model.params(), packed, EXTRAS['rl'])
     assert_same(got, want())

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from longjax import types
-from longjax.model import architecture, transformer
+from longjax.model import architecture, parameters
+from longjax.model import compute as compute_lib
 from longjax.parallel import mesh
 from longjax.parallel import rules as rules_lib
 from longjax.rl import clipping, entropy_control
@@ -28,7 +29,9 @@ def rules(**sizes: int) -> rules_lib.Rules:
   return rules_lib.Rules(mesh.make(mesh.MeshConfig(**{'data': 1} | sizes)))
 
 
-def params(seed: int = 0) -> types.Params:
+def params(
+    seed: int = 0, model: architecture.ModelConfig = MODEL
+) -> types.Params:
   """Parameters whose norms are not 1 and whose logits spread by about 2."""
   rng = np.random.default_rng(seed)
 
@@ -37,9 +40,9 @@ def params(seed: int = 0) -> types.Params:
     if path[-1].key.endswith('norm'):
       return np.float32(1.0 + 0.3 * values)
     scale = 2.0 if path[-1].key == 'head' else 1.0
-    return np.float32(scale * MODEL.embed_dim**-0.5 * values)
+    return np.float32(scale * model.embed_dim**-0.5 * values)
 
-  return jax.tree_util.tree_map_with_path(fill, transformer.abstract(MODEL))
+  return jax.tree_util.tree_map_with_path(fill, parameters.abstract(model))
 
 
 def prompts(lengths, seed: int = 0) -> list[types.Prompt]:
@@ -105,12 +108,13 @@ def rl_stage(**overrides) -> rl_stage_lib.RlStage:
 
 
 def context(
-    made: rules_lib.Rules, backend: str = 'reference',
-    remat: transformer.Remat = transformer.Remat.NONE,
+    made: rules_lib.Rules, model: architecture.ModelConfig = MODEL,
+    **compute: str,
 ) -> python_types.SimpleNamespace:
   """The fields of `run_state.Context` that losses read."""
   return python_types.SimpleNamespace(
-      model=MODEL, rules=made, backend=backend, remat=remat)
+      model=model, rules=made,
+      compute=compute_lib.Compute(**{'attention': 'reference'} | compute))
 
 
 def assert_trees_close(got, want, *, tolerance: float = 1e-5) -> None:

@@ -1,23 +1,40 @@
 """Attention over rows of groups and branches, one contract for all backends.
 
 `rows.visible` decides who sees whom. Every backend returns the log-sum-exp of
-the scores beside the output, so partial results over disjoint keys `merge`.
+the scores beside the output, so partial results over disjoint keys merge.
 
 B rows, T query positions, S key positions, N query heads, K key/value heads,
 H head size. Query head n reads key/value head n // (N / K).
 """
 
-from typing import Literal
+import functools
+import math
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
+from absl import logging
 
-from longjax import rows
-from longjax.model import flash_attention
+from longjax import rows, types
+from longjax.model import context_parallel as context_parallel_lib
+from longjax.model import flash_attention, gpu_attention, tpu_attention
 from longjax.parallel import rules as rules_lib
+from longjax.parallel import token_order
 
-Backend = Literal['reference', 'blockwise']
+Backend = Literal['auto', 'reference', 'blockwise', 'tpu', 'gpu']
+ContextParallel = Literal['auto', 'ring', 'all_gather']
+
+_BLOCK_BACKENDS: dict[str, Any] = {
+    'blockwise': flash_attention,
+    'tpu': tpu_attention,
+    'gpu': gpu_attention,
+}
+_BY_PLATFORM = {'cpu': 'blockwise', 'tpu': 'tpu', 'gpu': 'gpu'}
+
+# Tokens of a block by platform. On two CPU cores 64 is the fastest of 32 to
+# 256 at 512 to 2,048 tokens: what is skipped outweighs larger products.
+_BLOCK_LEN = {'cpu': 64, 'tpu': 512, 'gpu': 64}
 
 
 def attention(
@@ -27,8 +44,9 @@ def attention(
     query_meta: rows.TokenMeta,  # i32[B, T]
     key_meta: rows.TokenMeta,  # i32[B, S]
     *,
-    backend: Backend = 'blockwise',
-    block_len: int = flash_attention.BLOCK_LEN,
+    backend: Backend = 'auto',
+    block_len: int = 0,
+    context_parallel: ContextParallel = 'auto',
     rules: rules_lib.Rules | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # f[B, T, N, H], f32[B, T, N]
   """Softmax attention, scores scaled by 1 / sqrt(H), softmax in float32.
@@ -39,11 +57,13 @@ def attention(
     v: values.
     query_meta: who the queries are.
     key_meta: who the keys are.
-    backend: 'reference' holds all T * S scores; 'blockwise' holds one block
-      of them and skips blocks that cannot meet.
-    block_len: tokens a block of 'blockwise'.
-    rules: where rows and heads live; None means on one device. 'blockwise'
-      loops over rows, so under a mesh it must know which are its own.
+    backend: 'reference' holds all T * S scores. The others hold one block of
+      them and skip blocks that cannot meet: 'blockwise' runs anywhere, 'tpu'
+      and 'gpu' are kernels. 'auto' takes the platform's.
+    block_len: tokens of a block; 0 takes the platform's.
+    context_parallel: how keys travel where tokens are split; see
+      `context_parallel`. 'reference' leaves that to the compiler.
+    rules: where rows, tokens and heads live; None means on one device.
 
   Returns:
     The output in q's dtype and the log-sum-exp of the scaled scores. A query
@@ -61,10 +81,136 @@ def attention(
         f'{q.shape[2]} query heads do not share {k.shape[2]} key heads.')
   if backend == 'reference':
     return _reference(q, k, v, query_meta, key_meta)
-  if backend == 'blockwise':
-    return flash_attention.attention(
-        q, k, v, query_meta, key_meta, block_len=block_len, rules=rules)
-  raise ValueError(f'backend={backend!r} is neither reference nor blockwise.')
+  if rules is not None:
+    k, v = (_enough_heads(x, rules) for x in (k, v))
+  chosen = settings(
+      q, k, backend=backend, block_len=block_len, strategy=context_parallel,
+      rules=rules)
+  return context_parallel_lib.attend(
+      q, k, v, query_meta, key_meta, chosen)
+
+
+def order(
+    meta: rows.TokenMeta,  # i32[B, T]
+    *,
+    block_len: int,
+    rules: rules_lib.Rules,
+) -> jax.Array | None:  # i32[B, X]
+  """Order of a row's blocks that gives devices along `seq` equal work.
+
+  Args:
+    meta: who the tokens are, in any order.
+    block_len: of `attention`.
+    rules: the mesh.
+
+  Returns:
+    See `token_order.deal`; None if there is one device along `seq`.
+  """
+  num_devices = rules.size('seq')
+  if num_devices == 1:
+    return None
+  rules.check('rows', meta.group.shape, 'batch', 'seq')
+  size = _block_len(meta.group.shape[1], block_len, rules)
+  meets = jax.vmap(functools.partial(
+      flash_attention.meeting_blocks, block_len=size))(meta, meta)
+  work = jnp.sum(meets, axis=2, dtype=jnp.int32)
+  return token_order.deal(rules.constrain(work, 'batch', None), num_devices)
+
+
+def _block_len(
+    length: int, block_len: int, rules: rules_lib.Rules | None
+) -> int:
+  """Tokens of a block for rows of `length`; see `attention`."""
+  platform = _platform(rules)
+  block_len = block_len or _BLOCK_LEN[platform]
+  num_devices = rules.size('seq') if rules else 1
+  if num_devices == 1:
+    return block_len
+  # The blocks that are dealt out are those that attention skips by.
+  return token_order.block_len(length, num_devices, max_len=block_len)
+
+
+def _platform(rules: rules_lib.Rules | None) -> str:
+  if rules is None:
+    return jax.default_backend()
+  return rules.mesh.devices.flat[0].platform
+
+
+def _enough_heads(x: jax.Array, rules: rules_lib.Rules) -> jax.Array:
+  """Repeats key heads until every device along `tensor` has one of its own."""
+  num_heads, num_devices = x.shape[2], rules.size('kv_heads')
+  copies = math.lcm(num_heads, num_devices) // num_heads
+  return x if copies == 1 else jnp.repeat(x, copies, axis=2)
+
+
+def settings(
+    q: jax.Array | jax.ShapeDtypeStruct,  # f[B, T, N, H]
+    k: jax.Array | jax.ShapeDtypeStruct,  # f[B, S, K, H]
+    *,
+    backend: Backend,
+    block_len: int,
+    strategy: ContextParallel,
+    rules: rules_lib.Rules | None,
+) -> context_parallel_lib.Settings:
+  """What 'auto' and 0 stand for, for arrays of these shapes.
+
+  Raises:
+    UserError: the backend asked for cannot run these shapes.
+  """
+  if backend != 'auto' and backend not in _BLOCK_BACKENDS:
+    raise ValueError(
+        f'backend={backend!r} is none of auto, reference, '
+        f'{", ".join(_BLOCK_BACKENDS)}.')
+  platform = _platform(rules)
+  block_len = _block_len(q.shape[1], block_len, rules)
+  num_devices = rules.size('seq') if rules else 1
+  if strategy == 'auto':
+    strategy = (
+        context_parallel_lib.choose(k.shape, k.dtype, rules)
+        if rules and num_devices > 1 else 'ring')
+  chosen = _BY_PLATFORM[platform] if backend == 'auto' else backend
+  if chosen != 'blockwise':
+    reason = _BLOCK_BACKENDS[chosen].why_not(
+        *_local_shapes(q.shape, k.shape, strategy, rules), q.dtype,
+        block_len=block_len)
+    if reason and backend != 'auto':
+      raise types.UserError(
+          f'compute.attention={backend!r} cannot run here: {reason}')
+    if reason:
+      _say(f'Attention is blockwise, not {chosen!r}: {reason}')
+      chosen = 'blockwise'
+  over = f' over seq={num_devices} by {strategy}' if num_devices > 1 else ''
+  if platform != 'cpu' or over:
+    _say(f'Attention: {chosen}, blocks of {block_len} tokens{over}.')
+  return context_parallel_lib.Settings(
+      backend=_BLOCK_BACKENDS[chosen], block_len=block_len, strategy=strategy,
+      rules=rules, is_interpreted=chosen not in ('blockwise', platform))
+
+
+def _local_shapes(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    strategy: context_parallel_lib.Strategy,
+    rules: rules_lib.Rules | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Shapes of the queries and keys that one device sees at a time."""
+  if rules is None:
+    return q_shape, k_shape
+
+  def local(shape, heads, is_split):
+    batch, length, num_heads, head_dim = shape
+    seq = rules.size('seq') if is_split else 1
+    return (batch // rules.size('batch'), length // seq,
+            num_heads // rules.size(heads), head_dim)
+
+  return (local(q_shape, 'heads', True),
+          local(k_shape, 'kv_heads', strategy == 'ring'))
+
+
+@functools.cache
+def _say(text: str) -> None:
+  """Logs a choice once."""
+  logging.info(text)
 
 
 def _reference(q, k, v, query_meta, key_meta):
@@ -93,30 +239,3 @@ def _reference(q, k, v, query_meta, key_meta):
       out.reshape(q.shape).astype(q.dtype),
       lse.reshape(q.shape[:3]),
   )
-
-
-def merge(
-    out1: jax.Array,  # f[..., H]
-    lse1: jax.Array,  # f32[...]
-    out2: jax.Array,  # f[..., H]
-    lse2: jax.Array,  # f32[...]
-) -> tuple[jax.Array, jax.Array]:  # f[..., H], f32[...]
-  """Attention over the union of two disjoint sets of keys.
-
-  Where neither side saw a key the result is again 0 and -inf.
-  """
-  chex.assert_equal_shape([out1, out2])
-  chex.assert_shape([lse1, lse2], out1.shape[:-1])
-  top = jnp.maximum(lse1, lse2)
-  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-  weight1 = jnp.exp(lse1 - top)
-  weight2 = jnp.exp(lse2 - top)
-  total = weight1 + weight2
-  sees_any = total > 0.0
-  safe = jnp.where(sees_any, total, 1.0)
-  out = (
-      out1.astype(jnp.float32) * (weight1 / safe)[..., None]
-      + out2.astype(jnp.float32) * (weight2 / safe)[..., None]
-  )
-  lse = jnp.where(sees_any, jnp.log(safe) + top, -jnp.inf)
-  return out.astype(out1.dtype), lse

@@ -20,35 +20,92 @@ q f[X, K, J * C, H], k and v f[Y, K, C, H].
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from longjax import rows
-from longjax.parallel import rules as rules_lib
-
-# The fastest of 32 to 256 on two CPU cores at 512 to 2,048 tokens: what is
-# skipped outweighs larger products. Accelerators want 256 or more.
-BLOCK_LEN = 64
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def attention(
+def forward(
     q: jax.Array,  # f[B, T, N, H]
     k: jax.Array,  # f[B, S, K, H]
     v: jax.Array,  # f[B, S, K, H]
     query_meta: rows.TokenMeta,  # i32[B, T]
     key_meta: rows.TokenMeta,  # i32[B, S]
     *,
-    block_len: int = BLOCK_LEN,
-    rules: rules_lib.Rules | None = None,
+    block_len: int,
 ) -> tuple[jax.Array, jax.Array]:  # f[B, T, N, H], f32[B, T, N]
-  """The 'blockwise' backend of `attention.attention`; same contract."""
-  return _attend(q, k, v, query_meta, key_meta, block_len, rules)
+  """Output and log-sum-exp of attention to these keys."""
+  row = functools.partial(_forward_row, block_len=block_len)
+  return jax.lax.map(
+      lambda one: row(*one), (q, k, v, query_meta, key_meta))
+
+
+def backward(
+    q: jax.Array,  # f[B, T, N, H]
+    k: jax.Array,  # f[B, S, K, H]
+    v: jax.Array,  # f[B, S, K, H]
+    query_meta: rows.TokenMeta,  # i32[B, T]
+    key_meta: rows.TokenMeta,  # i32[B, S]
+    lse: jax.Array,  # f32[B, T, N]
+    d_out: jax.Array,  # f[B, T, N, H]
+    offset: jax.Array,  # f32[B, T, N]
+    *,
+    block_len: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients through attention to some of the keys that queries see.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    query_meta: who the queries are.
+    key_meta: who the keys are.
+    lse: log-sum-exp over *all* keys a query sees, not only these; -inf where
+      it sees none, which gives no gradient.
+    d_out: gradient of the output over all keys.
+    offset: sum_h out * d_out minus the gradient of `lse`: with weights p,
+      d score = p * (d_out . v - offset).
+    block_len: tokens of a block.
+
+  Returns:
+    Gradients of q, k and v, float32: the caller adds up parts.
+  """
+  row = functools.partial(_backward_row, block_len=block_len)
+  return jax.lax.map(
+      lambda one: row(*one),
+      (q, k, v, query_meta, key_meta, lse, d_out, offset))
+
+
+def merge(
+    out1: jax.Array,  # f[..., H]
+    lse1: jax.Array,  # f32[...]
+    out2: jax.Array,  # f[..., H]
+    lse2: jax.Array,  # f32[...]
+) -> tuple[jax.Array, jax.Array]:  # f[..., H], f32[...]
+  """Attention over the union of two disjoint sets of keys.
+
+  Where neither side saw a key the result is again 0 and -inf.
+  """
+  chex.assert_equal_shape([out1, out2])
+  chex.assert_shape([lse1, lse2], out1.shape[:-1])
+  top = jnp.maximum(lse1, lse2)
+  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+  weight1 = jnp.exp(lse1 - top)
+  weight2 = jnp.exp(lse2 - top)
+  total = weight1 + weight2
+  sees_any = total > 0.0
+  safe = jnp.where(sees_any, total, 1.0)
+  out = (
+      out1.astype(jnp.float32) * (weight1 / safe)[..., None]
+      + out2.astype(jnp.float32) * (weight2 / safe)[..., None]
+  )
+  lse = jnp.where(sees_any, jnp.log(safe) + top, -jnp.inf)
+  return out.astype(out1.dtype), lse
 
 
 def meeting_blocks(
@@ -84,81 +141,13 @@ def num_executed_blocks(
     query_meta: rows.TokenMeta,  # i32[B, T]
     key_meta: rows.TokenMeta,  # i32[B, S]
     *,
-    block_len: int = BLOCK_LEN,
+    block_len: int,
 ) -> jax.Array:  # i32[B]
   """Block pairs computed for each row; ceil(T / C) * ceil(S / C) at most."""
   meets = jax.vmap(
       functools.partial(meeting_blocks, block_len=block_len)
   )(query_meta, key_meta)
   return jnp.sum(meets, axis=(1, 2))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, query_meta, key_meta, block_len, rules):
-  row = functools.partial(_forward_row, block_len=block_len)
-  args = (q, k, v, query_meta, key_meta)
-  return _map_rows(row, args, 'qkkmm', 'ql', rules)
-
-
-def _attend_forward(q, k, v, query_meta, key_meta, block_len, rules):
-  out, lse = _attend(q, k, v, query_meta, key_meta, block_len, rules)
-  return (out, lse), (q, k, v, query_meta, key_meta, out, lse)
-
-
-def _attend_backward(block_len, rules, residuals, cotangents):
-  row = functools.partial(_backward_row, block_len=block_len)
-  args = (*residuals, *cotangents)
-  dq, dk, dv = _map_rows(row, args, 'qkkmmqlql', 'qkk', rules)
-  return dq, dk, dv, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _map_rows(
-    row: Callable[..., Any],
-    args: tuple[Any, ...],
-    inputs: str,
-    outputs: str,
-    rules: rules_lib.Rules | None,
-) -> Any:
-  """Calls `row` for each row, on the device that holds it.
-
-  Args:
-    row: function of one row.
-    args: what it takes, with a leading dimension B.
-    inputs: a letter for each argument: 'q' is [B, T, N, H], 'k' [B, S, K, H],
-      'l' [B, T, N] and 'm' metadata [B, T].
-    outputs: a letter for each result.
-    rules: where rows and heads live; None means on one device.
-
-  Returns:
-    The results, with a leading dimension B.
-  """
-
-  def local(*local_args):
-    return jax.lax.map(lambda one: row(*one), local_args)
-
-  if rules is None:
-    return local(*args)
-  names = {
-      'q': ('batch', None, 'heads', None),
-      'k': ('batch', None, 'kv_heads', None),
-      'l': ('batch', None, 'heads'),
-      'm': ('batch', None),
-  }
-  for arg, letter in zip(args, inputs, strict=True):
-    for leaf in jax.tree.leaves(arg):
-      rules.check('attention', leaf.shape, *names[letter])
-  specs: dict[str, PartitionSpec] = {
-      letter: rules.spec(*logical) for letter, logical in names.items()}
-  return jax.shard_map(
-      local,
-      mesh=rules.mesh,
-      in_specs=tuple(specs[letter] for letter in inputs),
-      out_specs=tuple(specs[letter] for letter in outputs),
-      check_vma=False,
-  )(*args)
 
 
 def _blocks(meta: rows.TokenMeta, block_len: int) -> rows.TokenMeta:
@@ -281,7 +270,7 @@ def _forward_row(q, k, v, query_meta, key_meta, *, block_len):
 
 
 def _backward_row(
-    q, k, v, query_meta, key_meta, out, lse, d_out, d_lse, *, block_len
+    q, k, v, query_meta, key_meta, lse, d_out, offset, *, block_len
 ):
   """Gradients of one row: f[T, N, H], f[S, K, H] twice."""
   length, key_len, kv_heads = q.shape[0], k.shape[0], k.shape[1]
@@ -289,12 +278,7 @@ def _backward_row(
   k_blocks = _split(k, kv_heads, block_len)
   keys = (
       k_blocks, _split(v, kv_heads, block_len), _blocks(key_meta, block_len))
-  # d score = weight * (d weight - offset): the softmax's own term, and the
-  # gradient that arrives through lse, whose derivative is the weight itself.
-  offset = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=2)
-  sees_any = jnp.isfinite(lse)
-  offset -= jnp.where(sees_any, d_lse, 0.0)
-  lse = jnp.where(sees_any, lse, 0.0)
+  lse = jnp.where(jnp.isfinite(lse), lse, 0.0)  # -inf: all pairs are hidden.
   scale = q.shape[2] ** -0.5
 
   def query_block(carry, args):
@@ -320,7 +304,7 @@ def _backward_row(
 
     dq, dk, dv = jax.lax.fori_loop(
         0, count, visit, (jnp.zeros(q.shape, jnp.float32), *carry))
-    return (dk, dv), dq.astype(q.dtype)
+    return (dk, dv), dq
 
   zeros = jnp.zeros(k_blocks.shape, jnp.float32)
   (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), (
@@ -331,6 +315,6 @@ def _backward_row(
       _blocks(query_meta, block_len), order, counts))
   return (
       _join(dq, length, block_len),
-      _join(dk, key_len, block_len).astype(k.dtype),
-      _join(dv, key_len, block_len).astype(v.dtype),
+      _join(dk, key_len, block_len),
+      _join(dv, key_len, block_len),
   )

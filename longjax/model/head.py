@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from longjax import types
+from longjax.model import projection
 from longjax.parallel import rules as rules_lib
 
 
@@ -72,9 +73,9 @@ def logprobs_and_entropy(
     mask: True where it is asked.
     temperature: divides the logits; a Python number > 0.
     chunk_len: C.
-    rules: where rows and vocabulary live; None means on one device. Under a
-      mesh each device works on its own rows and, if the vocabulary is split,
-      its part of the logits.
+    rules: where tokens and vocabulary live; None means on one device. Under
+      a mesh each device works on its own tokens and, if the vocabulary is
+      split, its part of the logits.
 
   Returns:
     See `HeadOutput`. Gradients flow through `logprobs` to hidden and head.
@@ -157,7 +158,7 @@ def _on_each_device(
   names = {
       'd': ('batch', 'seq', None),
       't': ('batch', 'seq'),
-      'w': (None, 'vocab'),
+      'w': ('embed', 'vocab'),
   }
   for arg, letter in zip(args, inputs, strict=True):
     rules.check('head', arg.shape, *names[letter])
@@ -223,11 +224,13 @@ def _local_forward(hidden, head, targets, mask, *, settings):
   order, place, count, num_chunks = _masked_first(mask.reshape(-1), chunk_len)
   hidden = hidden.reshape(-1, hidden.shape[-1])
   targets = targets.reshape(-1)
+  weights = projection.whole(
+      head, 0, settings.axes('embed'), hidden.dtype)
 
   def visit(i, results):
     is_masked, h, target = _chunk(
         i, order, count, chunk_len, hidden, targets)
-    s = logits(h, head)
+    s = logits(h, weights)
     z = s / settings.temperature
     logsumexp, entropy = _sum_exp(z, vocab_axes)
     entropy_t1 = (
@@ -258,7 +261,8 @@ def _local_backward(
   order, place, count, num_chunks = _masked_first(mask.reshape(-1), chunk_len)
   flat = hidden.reshape(-1, hidden.shape[-1])
   per_token = [x.reshape(-1) for x in (targets, logsumexp, d_logprobs)]
-  weights = head.astype(hidden.dtype)
+  pieces = settings.axes('embed')
+  weights = projection.whole(head, 0, pieces, hidden.dtype)
 
   def visit(i, carry):
     d_flat, d_head = carry
@@ -282,6 +286,8 @@ def _local_backward(
 
   zeros = jnp.zeros((order.shape[0], flat.shape[1]), hidden.dtype)
   d_flat, d_head = jax.lax.fori_loop(
-      0, num_chunks, visit, (zeros, jnp.zeros(head.shape, jnp.float32)))
-  d_head = _all_sum(d_head, settings.axes('batch', 'seq'))
+      0, num_chunks, visit, (zeros, jnp.zeros(weights.shape, jnp.float32)))
+  d_head = projection.summed_piece(d_head, 0, pieces)
+  d_head = _all_sum(d_head, tuple(
+      axis for axis in settings.axes('batch', 'seq') if axis not in pieces))
   return d_flat[place].reshape(hidden.shape), d_head.astype(head.dtype)

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from longjax import rows, types
-from longjax.model import architecture, attention, rope, transformer
+from longjax.model import (
+    architecture,
+    attention,
+    flash_attention,
+    moe,
+    projection,
+    transformer,
+)
 from longjax.parallel import rules as rules_lib
 
 
@@ -27,7 +34,8 @@ def decode_step(
     *,
     config: architecture.ModelConfig,
     rules: rules_lib.Rules,
-) -> tuple[jax.Array, transformer.KeyValues]:
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> tuple[jax.Array, transformer.KeyValues, moe.Routing | None]:
   """Reads one token of each of P * G samples.
 
   The G samples of a prompt attend to one copy of its keys and values: they
@@ -43,10 +51,12 @@ def decode_step(
     slot: how many tokens each sample has read before this one.
     first_position: position of the samples' first token (slot 0).
     config: sizes.
-    rules: logical axes to mesh axes.
+    rules: logical axes to mesh axes, by the table `rules.DECODE`.
+    dtype: of activations.
 
   Returns:
-    Normalised hidden states f32[P, G, D] and `suffix` with `slot` written.
+    Normalised hidden states f[P, G, D], `suffix` with `slot` written, and
+    where the tokens were sent (leaves [L, ...]; None without experts).
   """
   dims = chex.Dimensions()
   dims['PG'] = tokens.shape
@@ -58,37 +68,45 @@ def decode_step(
       group=jnp.zeros_like(position),
       branch=jnp.ones_like(position),
       position=position)
-  angle = rope.angles(
-      position, head_dim=config.head_dim, theta=config.rope_theta)
+  angle = transformer.angles(position, config)
 
-  def step(x, layer_and_caches):
-    layer, prefix_kv, suffix_kv = layer_and_caches
+  # The samples' own cache is carried from layer to layer, not sliced and
+  # stacked by the scan: that would copy all slots to write one.
+  def step(carry, scanned):
+    x, suffix = carry
+    layer, prefix_kv, index = scanned
 
     def attend(q, k, v):
       written = transformer.KeyValues(
-          key=_write_slot(suffix_kv.key, k, slot),
-          value=_write_slot(suffix_kv.value, v, slot))
+          key=_write_slot(suffix.key, k, index, slot),
+          value=_write_slot(suffix.value, v, index, slot))
+      own_kv = jax.tree.map(
+          lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False),
+          written)
       shared_out, shared_lse = attention.attention(
           q, prefix_kv.key, prefix_kv.value, query_meta, prefix_meta,
           backend='reference', rules=rules)
       own_out, own_lse = attention.attention(
           _one_row_a_sample(q[:, :, None]),
-          _one_row_a_sample(written.key), _one_row_a_sample(written.value),
+          _one_row_a_sample(own_kv.key), _one_row_a_sample(own_kv.value),
           jax.tree.map(lambda m: m.reshape(-1, 1), query_meta), own,
           backend='reference', rules=rules)
-      out, _ = attention.merge(
+      out, _ = flash_attention.merge(
           shared_out, shared_lse,
           own_out.reshape(q.shape), own_lse.reshape(q.shape[:-1]))
       return out, written
 
-    return transformer.block(
-        layer, x, angle, attend, epsilon=config.norm_epsilon)
+    x, suffix, routing = transformer.block(
+        layer, x, angle, attend, config=config, rules=rules)
+    return (x, suffix), routing
 
-  x = jnp.take(params['embedding'], tokens, axis=0)
-  x, suffix = jax.lax.scan(step, x, (params['layers'], prefix, suffix))
+  x = projection.lookup(
+      params['embedding'], tokens, dtype=dtype, rules=rules)
+  (x, suffix), routing = jax.lax.scan(
+      step, (x, suffix), (params['layers'], prefix, jnp.arange(dims.L)))
   hidden = transformer.rms_norm(
       x, params['final_norm'], epsilon=config.norm_epsilon)
-  return hidden, suffix
+  return hidden, suffix, routing
 
 
 def _suffix_meta(
@@ -109,11 +127,13 @@ def _suffix_meta(
 
 
 def _write_slot(
-    cache: jax.Array,  # f[P, G, R, K, H]
+    cache: jax.Array,  # f[L, P, G, R, K, H]
     new: jax.Array,  # f[P, G, K, H]
+    layer: jax.Array,  # i32[]
     slot: jax.Array,  # i32[]
 ) -> jax.Array:
-  return jax.lax.dynamic_update_index_in_dim(cache, new, slot, axis=2)
+  return jax.lax.dynamic_update_slice(
+      cache, new[None, :, :, None], (layer, 0, 0, slot, 0, 0))
 
 
 def _one_row_a_sample(x: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ def initialise(
   """Writes the circuit over the first two layers of fresh parameters.
 
   Args:
-    params: of `transformer.init`, unsharded.
+    params: of `parameters.init`, unsharded.
     config: sizes; needs two layers and D >= 2H + 1.
     seed: of the embedding.
 

@@ -2,7 +2,7 @@
 
 Axes, outermost first; a logical axis reaches them through `parallel.rules`:
 
-  data    rows, parameters replicated
+  data    rows, parameters replicated; outermost over several TPU slices
   fsdp    rows, parameters sharded
   seq     token positions
   tensor  heads, ffn channels, vocabulary
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from longjax import types
@@ -79,24 +80,47 @@ def make(
     sharded dimension is contracted.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or TPU slices
+      do not divide over `data`.
   """
-  num_devices = len(jax.devices() if devices is None else devices)
-  sizes = dataclasses.asdict(config)
-  wanted = ', '.join(f'{name}={size}' for name, size in sizes.items())
-  known = math.prod(size for size in sizes.values() if size != -1)
+  devices = jax.devices() if devices is None else devices
+  shape = sizes(config, len(devices))
+  slices = sorted({_slice_of(device) for device in devices})
+  if shape['data'] % len(slices):
+    raise types.UserError(
+        f'mesh.data={shape["data"]} does not divide over {len(slices)} TPU '
+        'slices. The network between slices is slow, so each holds whole '
+        f'copies of the model; use a multiple of {len(slices)}.')
+  shape['data'] //= len(slices)
+  # Neighbours on an axis become neighbours in a TPU's torus, also where an axis
+  # takes only part of one side of it, which `jax.make_mesh` refuses.
+  grids = [
+      mesh_utils.create_device_mesh(
+          tuple(shape.values()),
+          [device for device in devices if _slice_of(device) == number],
+          allow_split_physical_axes=True)
+      for number in slices]
+  return Mesh(
+      np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slice_of(device: jax.Device) -> int:
+  """Which TPU slice a device belongs to; other devices are all in one."""
+  return getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
+
+
+def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+  """Devices along each axis, -1 filled in; UserError as for `make`."""
+  given = dataclasses.asdict(config)
+  wanted = ', '.join(f'{name}={size}' for name, size in given.items())
+  known = math.prod(size for size in given.values() if size != -1)
   rest, remainder = divmod(num_devices, known)
   if remainder or rest == 0:
     raise types.UserError(
         f'mesh ({wanted}) needs a multiple of {known} devices but there are '
         f'{num_devices}; change the sizes or set one of them to -1.')
-  if -1 not in sizes.values() and rest != 1:
+  if -1 not in given.values() and rest != 1:
     raise types.UserError(
         f'mesh ({wanted}) uses {known} of {num_devices} devices; the sizes '
         f'must multiply to {num_devices}, or set one of them to -1.')
-  shape = tuple(rest if size == -1 else size for size in sizes.values())
-  axis_types = (AxisType.Auto,) * len(AXES)
-  if devices is None:
-    return jax.make_mesh(shape, AXES, axis_types=axis_types)
-  grid = np.asarray(devices).reshape(shape)
-  return Mesh(grid, AXES, axis_types=axis_types)
+  return {name: rest if size == -1 else size for name, size in given.items()}

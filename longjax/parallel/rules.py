@@ -17,23 +17,47 @@ from longjax import types
 # A logical name to the mesh axes that split it, outermost first.
 Table = Mapping[str, tuple[str, ...]]
 
-# Parameters' `embed` is split over fsdp, which also splits the batch; the
-# residual stream's width is therefore another name.
+# Rows and tokens are split over every axis but `tensor`; `embed`, the width of
+# weights, over all of those within a replica, so that parameters and moments
+# lie in pieces on all its devices and are gathered layer by layer. The residual
+# stream's width is another name: its rows are split already.
 TRAIN: Table = {
-    'batch': ('data', 'fsdp'),
+    'batch': ('data', 'fsdp', 'expert'),
     'seq': ('seq',),
     'activation_embed': (),
-    'embed': ('fsdp',),
+    'embed': ('fsdp', 'seq', 'expert'),
     'vocab': ('tensor',),
     'heads': ('tensor',),
     'kv_heads': ('tensor',),
     'ffn': ('tensor',),
+    'experts': ('expert',),
+    'expert_embed': ('fsdp', 'seq'),
     'layers': (),
 }
 
-# Decoding reads every weight once a token: gathering them over fsdp each step
-# would dominate, so they are gathered once and kept.
-DECODE: Table = {**TRAIN, 'embed': ()}
+# The sampler reads every weight once a token: gathering them each time would
+# dominate, so they are gathered once and kept.
+PREFILL: Table = {**TRAIN, 'embed': (), 'expert_embed': ()}
+
+# One token of each sample at a time: there is no sequence to split but that of
+# the prompt, whose keys and values stay where prefill made them.
+DECODE: Table = {**PREFILL, 'seq': (), 'prefix': ('seq',)}
+
+# With prompts enough for the devices along `seq` too, each takes some for its
+# own: else those devices would repeat one another's work and hold copies of
+# the samples' keys and values.
+DECODE_BY_PROMPT: Table = {
+    **DECODE, 'batch': (*TRAIN['batch'], 'seq'), 'prefix': ()}
+
+# Names that stay whole where they do not divide: a model may have fewer key
+# heads than `tensor` has devices, and they are small.
+_WHOLE_IF_NEEDED = ('kv_heads',)
+
+
+def decode_table(mesh: Mesh, num_prompts: int) -> Table:
+  """How to sample from so many prompts at once."""
+  size = math.prod(mesh.shape[a] for a in DECODE_BY_PROMPT['batch'])
+  return DECODE if num_prompts % size else DECODE_BY_PROMPT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +86,12 @@ class Rules:
           f'unknown logical axis {logical!r}; known: {sorted(self.table)}.')
     return self.table[logical]
 
+  def split_axes(self, *logical: str | None) -> tuple[str, ...]:
+    """Mesh axes of more than one device behind these names."""
+    return tuple(
+        axis for name in logical for axis in self.axes(name)
+        if self.mesh.shape[axis] > 1)
+
   def size(self, logical: str | None) -> int:
     """Number of pieces a logical axis is split into."""
     return math.prod(self.mesh.shape[axis] for axis in self.axes(logical))
@@ -84,6 +114,14 @@ class Rules:
   def sharding(self, *logical: str | None) -> NamedSharding:
     """The sharding of an array with these dimensions."""
     return NamedSharding(self.mesh, self.spec(*logical))
+
+  def fit(
+      self, shape: tuple[int, ...], *logical: str | None
+  ) -> tuple[str | None, ...]:
+    """The names, None in place of one that may stay whole and must."""
+    return tuple(
+        None if axis in _WHOLE_IF_NEEDED and size % self.size(axis) else axis
+        for size, axis in zip(shape, logical, strict=True))
 
   def check(
       self, name: str, shape: tuple[int, ...], *logical: str | None
@@ -108,6 +146,7 @@ class Rules:
 
   def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
     """Pins an intermediate array to its place, inside jit."""
+    logical = self.fit(x.shape, *logical)
     self.check('an activation', x.shape, *logical)
     return jax.lax.with_sharding_constraint(x, self.sharding(*logical))
 
@@ -126,6 +165,7 @@ class Rules:
     """
 
     def one(path, logical, leaf):
+      logical = self.fit(leaf.shape, *logical)
       self.check(jax.tree_util.keystr(path), leaf.shape, *logical)
       return self.sharding(*logical)
 

@@ -11,6 +11,7 @@ order, R response tokens.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -47,14 +48,25 @@ def pack(
   num_samples = rollouts.tokens.shape[1]
   groups = []
   for p, prompt in enumerate(prompts):
-    branches = [
-        rows.Branch(
-            response=rollouts.tokens[p, g, :rollouts.lengths[p, g]].tolist(),
-            trajectory=first_trajectory + p * num_samples + g)
-        for g in range(num_samples)
-    ]
-    groups.append(rows.Group(prompt=prompt.tokens, branches=branches))
+    branches = []
+    for g in range(num_samples):
+      length = int(rollouts.lengths[p, g])
+      branches.append(rows.Branch(
+          response=rollouts.tokens[p, g, :length].tolist(),
+          trajectory=first_trajectory + p * num_samples + g,
+          expert_ids=_first(rollouts.expert_ids, (p, g), length)))
+    groups.append(rows.Group(
+        prompt=prompt.tokens, branches=branches,
+        expert_ids=_first(
+            rollouts.prompt_expert_ids, (p,), len(prompt.tokens) - 1)))
   return rows.pack(groups, row_len=row_len, row_multiple=row_multiple)
+
+
+def _first(
+    values: Any, index: tuple[int, ...], length: int
+) -> np.ndarray | None:
+  """`values[index][:length]`, or None of None."""
+  return None if values is None else values[index][:length]
 
 
 @struct.dataclass

@@ -8,6 +8,7 @@ D model, V vocabulary.
 """
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -20,9 +21,13 @@ from longjax.model import (
     attention,
     head,
     incremental,
+    moe,
+    parameters,
     transformer,
 )
+from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
+from longjax.parallel import token_order
 from longjax.rollout import token_sampling
 
 
@@ -113,12 +118,24 @@ def _start(
     *,
     num_samples: int,
     max_len: int,
+    rules: rules_lib.Rules,
+    moe_config: architecture.MoeConfig | None,
 ) -> _Carry:
-  """The loop's state before the first token; padding prompts are finished."""
+  """The loop's state before the first token; padding prompts are finished.
+
+  Experts are recorded if `moe_config` is given.
+  """
   shape = (batch.lengths.shape[0], num_samples)
   num_layers, *_, num_kv_heads, head_dim = prefix.key.shape
   cache_shape = (num_layers, *shape, max_len, num_kv_heads, head_dim)
-  empty_cache = jnp.zeros(cache_shape, prefix.key.dtype)
+  empty_cache = rules.constrain(
+      jnp.zeros(cache_shape, prefix.key.dtype),
+      'layers', 'batch', None, None, 'kv_heads', None)
+  expert_ids = None
+  if moe_config:
+    expert_ids = jnp.zeros(
+        (*shape, max_len, num_layers, moe_config.num_active),
+        _expert_dtype(moe_config))
   return _Carry(
       step=jnp.int32(0),
       token=jnp.broadcast_to(batch.last_token[:, None], shape),
@@ -130,7 +147,58 @@ def _start(
           logprobs=jnp.zeros((*shape, max_len), jnp.float32),
           entropy=jnp.zeros((*shape, max_len), jnp.float32),
           entropy_t1=jnp.zeros((*shape, max_len), jnp.float32),
-          is_finished=jnp.zeros(shape, bool)))
+          is_finished=jnp.zeros(shape, bool),
+          expert_ids=expert_ids))
+
+
+@struct.dataclass
+class Prefilled:
+  """What all samples share.
+
+  Attributes:
+    params: as the sampler keeps them, see `_for_sampling`.
+    cache: keys and values of the prompts, f[L, P, S, K, H].
+    meta: whose they are, i32[P, S], in the same order.
+    order: that order, see `attention.order`.
+    routing: where the prompts' tokens went; None without experts.
+  """
+
+  params: types.Params
+  cache: transformer.KeyValues
+  meta: rows.TokenMeta
+  order: jax.Array | None
+  routing: moe.Routing | None
+
+
+def prefill(
+    params: types.Params,
+    batch: PromptBatch,
+    *,
+    config: architecture.ModelConfig,
+    rules: rules_lib.Rules,
+    compute: compute_lib.Compute,
+) -> Prefilled:
+  """Reads the prompts but for their last tokens.
+
+  Keys and values stand in the order that balances the mesh axis `seq`.
+  """
+  prefill_rules = dataclasses.replace(rules, table=rules_lib.PREFILL)
+  params = _for_sampling(params, config, prefill_rules, compute)
+  meta = prefix_meta(batch)
+  order = attention.order(meta, block_len=compute.block_len, rules=rules)
+  tokens, meta = jax.tree.map(
+      lambda x: rules.constrain(
+          x if order is None else token_order.reorder(x, order),
+          'batch', 'seq'),
+      (batch.tokens, meta))
+  cache, routing = transformer.prefill(
+      params, tokens, meta, config=config, rules=prefill_rules,
+      compute=compute)
+  cache = jax.tree.map(
+      lambda x: rules.constrain(
+          x, 'layers', 'batch', 'seq', 'kv_heads', None), cache)
+  return Prefilled(
+      params=params, cache=cache, meta=meta, order=order, routing=routing)
 
 
 def generate(
@@ -143,7 +211,8 @@ def generate(
     sampler: SamplerConfig,
     config: architecture.ModelConfig,
     rules: rules_lib.Rules,
-    backend: attention.Backend,
+    compute: compute_lib.Compute,
+    record_experts: bool = False,
 ) -> types.Rollouts:
   """Samples `num_samples` responses to every prompt.
 
@@ -156,7 +225,8 @@ def generate(
     sampler: temperature, nucleus, length cap.
     config: sizes of the network.
     rules: logical axes to mesh axes.
-    backend: attention backend of the prefill.
+    compute: backends and dtype.
+    record_experts: also return which experts tokens went to.
 
   Returns:
     The responses; those of padding prompts have length 0.
@@ -166,23 +236,26 @@ def generate(
   chex.assert_shape([batch.last_token, batch.lengths, batch.numbers], dims['P'])
   max_len = sampler.max_response_len
 
-  # Gathered over fsdp once, not once a token.
-  gathered = dataclasses.replace(rules, table=rules_lib.DECODE)
-  params = jax.lax.with_sharding_constraint(
-      params,
-      gathered.tree_shardings(transformer.parameter_axes(config), params))
-  meta = prefix_meta(batch)
-  prefix = transformer.prefill(
-      params, batch.tokens, meta, config=config, rules=rules, backend=backend)
+  decode_rules = dataclasses.replace(rules, table=rules_lib.decode_table(
+      rules.mesh, batch.tokens.shape[0]))
+  prefilled = prefill(
+      params, batch, config=config, rules=rules, compute=compute)
+  params = prefilled.params
+  prefix, meta = (
+      jax.tree.map(lambda x, names=names: decode_rules.constrain(x, *names), x)
+      for x, names in (
+          (prefilled.cache, ('layers', 'batch', 'prefix', 'kv_heads', None)),
+          (prefilled.meta, ('batch', 'prefix'))))
   keys = sample_keys(key, batch.numbers, num_samples=num_samples)
-  head_weights = transformer.head_weights(params)
+  head_weights = parameters.head_weights(params)
   fold_in = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)),
                      in_axes=(0, None))
 
   def body(carry: _Carry) -> _Carry:
-    hidden, suffix = incremental.decode_step(
+    hidden, suffix, routing = incremental.decode_step(
         params, carry.token, prefix, meta, carry.suffix, carry.step,
-        jnp.maximum(batch.lengths - 1, 0), config=config, rules=rules)
+        jnp.maximum(batch.lengths - 1, 0), config=config, rules=decode_rules,
+        dtype=compute.activation_dtype)
     drawn = token_sampling.sample(
         head.logits(hidden, head_weights), fold_in(keys, carry.step),
         temperature=sampler.temperature, top_p=sampler.top_p)
@@ -191,7 +264,8 @@ def generate(
     old = carry.rollouts
 
     def put(buffer, value):
-      value = jnp.where(is_live, value, jnp.zeros_like(value))
+      mask = is_live.reshape(is_live.shape + (1,) * (value.ndim - 2))
+      value = jnp.where(mask, value, 0).astype(buffer.dtype)
       return jax.lax.dynamic_update_index_in_dim(
           buffer, value, carry.step, axis=2)
 
@@ -201,6 +275,9 @@ def generate(
         logprobs=put(old.logprobs, drawn.logprob),
         entropy=put(old.entropy, drawn.entropy),
         entropy_t1=put(old.entropy_t1, drawn.entropy_t1),
+        expert_ids=(
+            put(old.expert_ids, _by_token(routing)) if record_experts
+            else None),
         is_finished=old.is_finished | (is_live & is_stop))
     return _Carry(
         step=carry.step + 1, token=drawn.token,
@@ -210,5 +287,50 @@ def generate(
   def should_continue(carry: _Carry) -> jax.Array:
     return (carry.step < max_len) & ~jnp.all(carry.is_finished)
 
-  start = _start(batch, prefix, num_samples=num_samples, max_len=max_len)
-  return jax.lax.while_loop(should_continue, body, start).rollouts
+  start = _start(
+      batch, prefix, num_samples=num_samples, max_len=max_len,
+      rules=decode_rules, moe_config=config.moe if record_experts else None)
+  rollouts = jax.lax.while_loop(should_continue, body, start).rollouts
+  if not record_experts:
+    return rollouts
+  in_prefix = _by_token(prefilled.routing)
+  if prefilled.order is not None:
+    in_prefix = token_order.reorder(
+        in_prefix, token_order.inverse(prefilled.order))
+  return dataclasses.replace(
+      rollouts,
+      prompt_expert_ids=in_prefix.astype(_expert_dtype(config.moe)))
+
+
+def _by_token(routing: moe.Routing | None) -> jax.Array:
+  """Expert ids i32[L, ..., A] of a scan over layers as [..., L, A]."""
+  assert routing is not None, 'the network has no experts'
+  return jnp.moveaxis(routing.expert_ids, 0, -2)
+
+
+def _expert_dtype(config: architecture.MoeConfig | None) -> Any:
+  """The smallest that holds an expert's number."""
+  assert config is not None
+  return jnp.uint8 if config.num_experts <= 256 else jnp.uint16
+
+
+def _for_sampling(
+    params: types.Params,
+    config: architecture.ModelConfig,
+    rules: rules_lib.Rules,
+    compute: compute_lib.Compute,
+) -> types.Params:
+  """Weights cast and gathered once, not once a token."""
+  axes = parameters.axes(config)
+
+  def cast(path, leaf):
+    # Whatever `projection.project` would cast; norms, biases and the router
+    # are used in float32.
+    name = path[-1].key
+    if name.endswith(('norm', 'bias')) or name == 'router':
+      return leaf
+    return leaf.astype(compute.activation_dtype)
+
+  return jax.lax.with_sharding_constraint(
+      jax.tree_util.tree_map_with_path(cast, params),
+      rules.tree_shardings(axes, params))

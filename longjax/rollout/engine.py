@@ -13,7 +13,9 @@ import numpy as np
 
 from longjax import types
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.model import architecture, attention
+from longjax.model import architecture
+from longjax.model import compute as compute_lib
+from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
 from longjax.rollout import decode
 
@@ -54,7 +56,8 @@ class Engine:
       engine: EngineConfig,
       stop_ids: tuple[int, ...],
       rules: rules_lib.Rules,
-      backend: attention.Backend,
+      compute: compute_lib.Compute,
+      record_experts: bool = False,
   ):
     shards = rules.size('batch')
     if engine.prompts_per_batch % shards:
@@ -70,7 +73,8 @@ class Engine:
       self._num_programs += 1  # While tracing only.
       return decode.generate(
           params, batch, key, num_samples=num_samples, sampler=sampler,
-          config=model, rules=rules, backend=backend, stop_ids=stop_ids)
+          config=model, rules=rules, compute=compute, stop_ids=stop_ids,
+          record_experts=record_experts)
 
     self._generate = jax.jit(generate, static_argnames=('num_samples',))
 
@@ -103,7 +107,7 @@ class Engine:
     parts = []
     for indices, batch in self._batches(prompts):
       rollouts = self._generate(params, batch, key, num_samples=num_samples)
-      parts.append((indices, jax.device_get(rollouts)))
+      parts.append((indices, multihost.to_host(rollouts)))
     out = jax.tree.map(
         lambda x: np.zeros((len(prompts), *x.shape[1:]), x.dtype), parts[0][1])
     for indices, part in parts:
@@ -127,9 +131,7 @@ class Engine:
         indices = members[start:start + size]
         batch = pad([prompts[i] for i in indices], num_prompts=size,
                     prompt_len=bucket)
-        sharding = self._rules.sharding('batch')
-        yield indices, jax.tree.map(
-            lambda x, s=sharding: jax.device_put(x, s), batch)
+        yield indices, multihost.put(batch, self._rules.sharding('batch'))
 
   def _bucket(self, prompt: types.Prompt) -> int:
     for bucket in self._engine.prompt_buckets:
@@ -146,7 +148,7 @@ def pad(
 ) -> decode.PromptBatch:
   """Lays prompts out as fixed-shape NumPy arrays."""
   batch = decode.PromptBatch(
-      tokens=np.zeros((num_prompts, prompt_len - 1), np.int32),
+      tokens=np.zeros((num_prompts, prompt_len), np.int32),
       last_token=np.zeros(num_prompts, np.int32),
       lengths=np.zeros(num_prompts, np.int32),
       numbers=np.zeros(num_prompts, np.uint32))

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from longjax import types
@@ -16,6 +17,15 @@ class Schedule(enum.StrEnum):
   COSINE = 'cosine'  # Down to a tenth of the peak when all steps are done.
 
 
+class Moments(enum.StrEnum):
+  """What is remembered of past gradients."""
+
+  FULL = 'full'  # Mean and mean square in float32, 8 bytes a parameter.
+  # Mean in bfloat16, mean square as one number a row and one a column of each
+  # matrix (Adafactor, arXiv:1804.04235): 2 bytes a parameter.
+  FACTORED = 'factored'
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
   """AdamW with clipping; defaults are those of verl, which the paper built on.
@@ -25,9 +35,10 @@ class OptimizerConfig:
     schedule: see `Schedule`.
     warmup_steps: linear warm-up from zero.
     b1: decay of the first moment.
-    b2: decay of the second moment.
+    b2: decay of the second moment; factored, it is 1 - step^-0.8 instead.
     weight_decay: decoupled, times the learning rate; matrices only.
     clip_norm: gradients are scaled down to this global norm.
+    moments: see `Moments`.
   """
 
   learning_rate: float
@@ -37,6 +48,7 @@ class OptimizerConfig:
   b2: float = 0.999
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  moments: Moments = Moments.FULL
 
   def __post_init__(self):
     if self.learning_rate <= 0.0:
@@ -72,6 +84,15 @@ def make(
             0.0 if config.warmup_steps else config.learning_rate),
         end_value=config.learning_rate,
         transition_steps=max(config.warmup_steps, 1))
+  if config.moments is Moments.FACTORED:
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_factored_rms(),
+        # Adafactor, Sec. 6: its mean squares lag behind growing gradients.
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.b1, accumulator_dtype=jnp.bfloat16),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
+        optax.scale_by_learning_rate(learning_rate))
   return optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(
@@ -80,6 +101,6 @@ def make(
 
 
 def _is_matrix(params):
-  """True for the leaves that are decayed: everything but norm gains."""
+  """True for the leaves that are decayed: all but norm gains and biases."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: not path[-1].key.endswith('norm'), params)
+      lambda path, _: not path[-1].key.endswith(('norm', 'bias')), params)

@@ -21,6 +21,7 @@ import numpy as np
 
 from longjax import rows, types
 from longjax.data import dataset, prompts, task_balance
+from longjax.parallel import multihost
 from longjax.rl import batch, entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import engine
@@ -60,14 +61,14 @@ def loss(
   scores = step_lib.token_scores(
       params, packed, config=context.model,
       temperature=stage.sampler.temperature, rules=context.rules,
-      backend=context.backend, remat=context.remat)
+      compute=context.compute)
 
   def of_token(values):  # f32[N, R] -> f32[B, T]
     return values[packed.trajectory, packed.response_index]
 
   old_logprobs = extras.get('old_logprobs')
   output = loss_lib.policy_gradient_loss(
-      logprobs=scores.logprobs,
+      logprobs=scores.head.logprobs,
       old_logprobs=None if old_logprobs is None else of_token(old_logprobs),
       sampler_logprobs=of_token(extras['sampler_logprobs']),
       advantages=extras['advantages'][packed.trajectory],
@@ -76,7 +77,7 @@ def loss(
       objective=stage.loss.objective, eps_low=stage.loss.eps_low,
       eps_high=stage.loss.eps_high, dual_clip=stage.loss.dual_clip,
       tis_cap=stage.loss.tis_cap)
-  return output.loss, output.metrics
+  return output.loss, step_lib.with_routing(output.metrics, scores.routing)
 
 
 def _stratum(example: types.TaskExample) -> tuple[str, bool]:
@@ -121,9 +122,11 @@ class RlJob:
         model=context.model, sampler=stage.sampler,
         engine=engine.EngineConfig(
             prompt_buckets=(stage.max_prompt_len,),
-            prompts_per_batch=stage.num_prompts),
-        stop_ids=(context.tokenizer.stop_id,), rules=context.rules,
-        backend=context.backend)
+            prompts_per_batch=stage.prompts_per_batch or stage.num_prompts),
+        stop_ids=context.tokenizer.stop_ids, rules=context.rules,
+        compute=context.compute, record_experts=stage.replay_experts)
+
+    at_once = 0 if stage.num_microbatches else stage.row_multiple
 
     def stage_loss(params, packed, extras):
       return loss(params, packed, extras, stage=stage, context=context)
@@ -134,10 +137,10 @@ class RlJob:
             stage.optimizer, num_steps=(
                 stage.steps * stage.num_minibatches * stage.num_epochs)),
         config=context.model, rules=context.rules,
-        num_microbatches=stage.num_microbatches)
+        num_microbatches=stage.num_microbatches, rows_at_once=at_once)
     self._score_rows = step_lib.make_score(
         config=context.model, temperature=stage.sampler.temperature,
-        rules=context.rules, backend=context.backend)
+        rules=context.rules, compute=context.compute, rows_at_once=at_once)
 
   def step(
       self, state: run_state.RunState, stage_step: int, global_step: int
@@ -238,8 +241,8 @@ class RlJob:
               _by_response(rollouts.entropy_t1),
               _by_response(rollouts.logprobs))
     packed = self._pack(graded, 0, len(graded.prompts))
-    scores = jax.device_get(self._score_rows(
-        params, step_lib.put_rows(packed, self._context.rules)))
+    scores = multihost.to_host(self._score_rows(
+        params, step_lib.put_rows(packed, self._context.rules)).head)
     num_responses, max_len = rollouts.lengths.size, rollouts.tokens.shape[2]
 
     def by_response(values):

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from longjax import types
+from longjax.parallel import token_order
 from longjax.rl import advantage as advantage_lib
 from longjax.rl import clipping, entropy_control
 from longjax.rl import loss as loss_lib
@@ -22,13 +23,15 @@ class RlStage:
     split: of the data set, where prompts come from.
     num_prompts: P, balanced over tasks.
     num_samples: G.
+    prompts_per_batch: prompts sampled from at once; 0 means all P.
     max_prompt_len: cap on prompts in tokens (L_in).
     sampler: temperature, nucleus and the cap on responses (L_out).
     row_len: T of the update; at least a prompt and its G longest responses.
     row_multiple: rows are rounded up to a multiple of this.
     num_minibatches: updates per batch; more than 1 is off policy.
     num_epochs: passes over the batch; more than 1 is off policy.
-    num_microbatches: parts an update is split into.
+    num_microbatches: parts an update is split into; 0 makes one of every
+      `row_multiple` rows, so that memory does not grow with the batch.
     optimizer: see there.
     advantage: see there.
     aepo: see there.
@@ -37,6 +40,9 @@ class RlStage:
     entropy_source: 'trainer_forward' scores the rows once before the update,
       which also gives old log-probabilities; 'sampler' trusts what the sampler
       returned and saves that pass.
+    replay_experts: of a mixture of experts: the trainer sends tokens where
+      the sampler did, so that rounding does not make them two policies
+      (arXiv:2510.11370).
     shuffle_rewards: a control: rewards are permuted over the batch, so that
       they carry no signal.
     rollouts_every: steps between prompts whose responses are kept to read.
@@ -47,6 +53,7 @@ class RlStage:
   split: str = 'rl'
   num_prompts: int = 128
   num_samples: int = 8
+  prompts_per_batch: int = 0
   max_prompt_len: int
   sampler: decode.SamplerConfig
   row_len: int
@@ -60,21 +67,25 @@ class RlStage:
   clip: clipping.NegativeClipConfig = clipping.NegativeClipConfig()
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   entropy_source: Literal['trainer_forward', 'sampler'] = 'trainer_forward'
+  replay_experts: bool = False
   shuffle_rewards: bool = False
   rollouts_every: int = 10
 
   def __post_init__(self):
     for name in ('steps', 'num_prompts', 'max_prompt_len', 'row_len',
                  'row_multiple', 'num_minibatches', 'num_epochs',
-                 'num_microbatches', 'rollouts_every'):
+                 'rollouts_every'):
       if getattr(self, name) < 1:
         raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 1.')
+    for name in ('num_microbatches', 'prompts_per_batch'):
+      if getattr(self, name) < 0:
+        raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 0.')
     advantage_lib.check_group_size(self.num_samples)
     if self.num_prompts % self.num_minibatches:
       raise types.UserError(
           f'rl.num_prompts={self.num_prompts} is not a multiple of '
           f'rl.num_minibatches={self.num_minibatches}.')
-    if self.row_multiple % self.num_microbatches:
+    if self.row_multiple % max(self.num_microbatches, 1):
       raise types.UserError(
           f'rl.row_multiple={self.row_multiple} is not a multiple of '
           f'rl.num_microbatches={self.num_microbatches}.')
@@ -97,19 +108,34 @@ class RlStage:
           "rl.loss.objective='off_policy'.")
 
 
+def rows_at_once(stage: RlStage, num_rows: int) -> int:
+  """Rows of each part of an update of `num_rows`."""
+  if stage.num_microbatches:
+    return num_rows // stage.num_microbatches
+  return stage.row_multiple
+
+
 def check(stage: RlStage, context: run_state.Context) -> None:
-  """Refuses batches that do not divide over the mesh."""
+  """Refuses batches and rows that do not divide over the mesh."""
+  if stage.replay_experts and context.model.moe is None:
+    raise types.UserError(
+        'rl.replay_experts=True needs a mixture of experts; the model has '
+        'none, so set it to False.')
+  for name in ('row_len', 'max_prompt_len'):
+    token_order.check_len(
+        f'rl.{name}', getattr(stage, name), context.rules.size('seq'))
   shards = context.rules.size('batch')
-  for name in ('num_prompts', 'row_multiple'):
+  sampled = 'prompts_per_batch' if stage.prompts_per_batch else 'num_prompts'
+  for name in (sampled, 'row_multiple'):
     if getattr(stage, name) % shards:
       raise types.UserError(
           f'rl.{name}={getattr(stage, name)} does not divide over the '
           f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
           f'use a multiple of {shards}.')
-  rows_at_once = stage.row_multiple // stage.num_microbatches
-  if rows_at_once % shards:
+  least = rows_at_once(stage, stage.row_multiple)
+  if least % shards:
     raise types.UserError(
         f'rl.row_multiple={stage.row_multiple} / rl.num_microbatches='
-        f'{stage.num_microbatches} = {rows_at_once} rows do not divide over '
+        f'{stage.num_microbatches} = {least} rows do not divide over '
         f'the {shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
         f'use a multiple of {stage.num_microbatches * shards} rows.')

@@ -17,6 +17,7 @@ from flax import struct
 
 from longjax import reductions, rows, types
 from longjax.data import dataset, packing, pipeline
+from longjax.parallel import token_order
 from longjax.rl import loss as loss_lib
 from longjax.synthesis import pretraining
 from longjax.train import optimizer as optimizer_lib
@@ -124,16 +125,18 @@ def loss(
   """Cross-entropy over the batch's one token count; see `step.Loss`."""
   scores = step_lib.token_scores(
       params, batch, config=context.model, temperature=1.0,
-      rules=context.rules, backend=context.backend, remat=context.remat)
+      rules=context.rules, compute=context.compute)
   nll = loss_lib.cross_entropy(
-      logprobs=scores.logprobs, loss_mask=batch.loss_mask)
+      logprobs=scores.head.logprobs, loss_mask=batch.loss_mask)
   metrics = SupervisedMetrics(
-      entropy=reductions.average(scores.entropy, batch.loss_mask))
-  return nll.total / extras['num_tokens'], metrics
+      entropy=reductions.average(scores.head.entropy, batch.loss_mask))
+  return (nll.total / extras['num_tokens'],
+          step_lib.with_routing(metrics, scores.routing))
 
 
 def check(stage: SupervisedConfig, context: run_state.Context) -> None:
-  """Refuses batches that do not divide over the mesh."""
+  """Refuses batches and rows that do not divide over the mesh."""
+  token_order.check_len('row_len', stage.row_len, context.rules.size('seq'))
   rows_at_once = stage.num_rows // stage.num_microbatches
   shards = context.rules.size('batch')
   if rows_at_once % shards:

@@ -8,7 +8,7 @@ import optax
 from flax import struct
 
 from longjax import types
-from longjax.model import architecture, transformer
+from longjax.model import architecture, parameters
 from longjax.parallel import rules as rules_lib
 
 
@@ -36,7 +36,7 @@ def param_shardings(
 ) -> types.Params:
   """Sharding of every parameter; raises UserError where one cannot split."""
   return rules.tree_shardings(
-      transformer.parameter_axes(config), transformer.abstract(config))
+      parameters.axes(config), parameters.abstract(config))
 
 
 def shardings(
@@ -46,14 +46,36 @@ def shardings(
 ) -> TrainState:
   """Shardings of a whole `TrainState`; moments lie with their parameters."""
   params = param_shardings(config, rules)
-  abstract_opt = jax.eval_shape(optimizer.init, transformer.abstract(config))
+  shapes = parameters.abstract(config)
   replicated = rules.sharding()
   opt_state = optax.tree_utils.tree_map_params(
-      optimizer, lambda _, sharding: sharding, abstract_opt, params,
+      optimizer,
+      lambda moment, sharding, param: jax.NamedSharding(
+          rules.mesh, _of_moment(moment.shape, sharding.spec, param.shape)),
+      jax.eval_shape(optimizer.init, shapes), params, shapes,
       transform_non_params=lambda _: replicated)
   return TrainState(
       params=params, opt_state=opt_state, step=replicated,
       num_skipped=replicated, skipped_in_a_row=replicated)
+
+
+def _of_moment(
+    moment: tuple[int, ...],
+    spec: jax.sharding.PartitionSpec,
+    param: tuple[int, ...],
+) -> jax.sharding.PartitionSpec:
+  """Where a moment lies whose parameter of shape `param` lies by `spec`.
+
+  A factored one lacks dimensions of its parameter; those it has are split as
+  they are there.
+  """
+  entries, start = [], 0
+  for size in moment:
+    if size not in param[start:]:
+      return jax.sharding.PartitionSpec()
+    start = param.index(size, start) + 1
+    entries.append(spec[start - 1])
+  return jax.sharding.PartitionSpec(*entries)
 
 
 def create(
@@ -82,7 +104,7 @@ def abstract(
     rules: rules_lib.Rules,
 ) -> TrainState:
   """Shapes, dtypes and shardings: what a checkpoint is restored into."""
-  params = transformer.abstract(config)
+  params = parameters.abstract(config)
   scalar = jax.ShapeDtypeStruct((), jnp.int32)
   shapes = TrainState(
       params=params, opt_state=jax.eval_shape(optimizer.init, params),

@@ -14,9 +14,19 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from longjax import rows, types
-from longjax.model import architecture, attention, head, transformer
+from longjax.model import (
+    architecture,
+    attention,
+    head,
+    moe,
+    parameters,
+    transformer,
+)
+from longjax.model import compute as compute_lib
+from longjax.parallel import multihost, token_order
 from longjax.parallel import rules as rules_lib
 from longjax.train import state as state_lib
 
@@ -35,6 +45,19 @@ class Metrics(Protocol):
 Loss = Callable[[types.Params, rows.Rows, Any], tuple[jax.Array, Metrics]]
 
 
+@struct.dataclass
+class TokenScores:
+  """What a forward pass says of rows.
+
+  Attributes:
+    head: f32[B, T] log-probability and entropy of every trained token.
+    routing: where tokens went, leaves [L, ...]; None without experts.
+  """
+
+  head: head.HeadOutput
+  routing: moe.Routing | None
+
+
 def token_scores(
     params: types.Params,
     batch: rows.Rows,  # [B, T]
@@ -42,21 +65,69 @@ def token_scores(
     config: architecture.ModelConfig,
     temperature: float,
     rules: rules_lib.Rules,
-    backend: attention.Backend,
-    remat: transformer.Remat = transformer.Remat.NONE,
-) -> head.HeadOutput:  # f32[B, T]
-  """Log-probability and entropy of every trained token of the rows."""
+    compute: compute_lib.Compute,
+) -> TokenScores:
+  """Log-probability and entropy of every trained token of the rows.
+
+  Inside, tokens stand in the order that balances the mesh axis `seq`.
+  """
+  order = attention.order(
+      batch.meta, block_len=compute.block_len, rules=rules)
+
+  def reorder(tree, order):
+    if order is None:
+      return tree
+    return jax.tree.map(
+        lambda x: rules.constrain(
+            token_order.reorder(x, order), 'batch', 'seq',
+            *(None,) * (x.ndim - 2)), tree)
+
+  batch = reorder(jax.tree.map(jnp.asarray, batch), order)
+  expert_ids = batch.expert_ids
+  if expert_ids is not None:
+    expert_ids = jnp.moveaxis(expert_ids.astype(jnp.int32), 2, 0)
   hidden = transformer.hidden_states(
       params, batch.tokens, batch.meta, config=config, rules=rules,
-      backend=backend, remat=remat)
-  return head.logprobs_and_entropy(
-      hidden, transformer.head_weights(params), batch.targets,
+      compute=compute, expert_ids=expert_ids)
+  scores = head.logprobs_and_entropy(
+      hidden.states, parameters.head_weights(params), batch.targets,
       batch.loss_mask, temperature=temperature, rules=rules)
+  if order is not None:
+    scores = reorder(scores, token_order.inverse(order))
+  return TokenScores(head=scores, routing=hidden.routing)
+
+
+@struct.dataclass
+class RoutedMetrics:
+  """A loss's metrics, and how evenly experts were used.
+
+  Attributes:
+    metrics: of the loss.
+    load: f32[L, E] tokens sent to each expert.
+  """
+
+  metrics: Any
+  load: jax.Array
+
+  def __add__(self, other: 'RoutedMetrics') -> 'RoutedMetrics':
+    return RoutedMetrics(
+        metrics=self.metrics + other.metrics, load=self.load + other.load)
+
+  def summary(self) -> dict[str, jax.Array]:  # f32[] each
+    """Means by name."""
+    return self.metrics.summary() | moe.balance(self.load)
+
+
+def with_routing(metrics: Any, routing: moe.Routing | None) -> Metrics:
+  """The loss's metrics, with those of the experts if there are any."""
+  if routing is None:
+    return metrics
+  return RoutedMetrics(metrics=metrics, load=routing.load)
 
 
 def put_rows(batch: Any, rules: rules_lib.Rules) -> Any:
   """Moves [B, T] host arrays to the devices that own their rows."""
-  return jax.device_put(batch, rules.sharding('batch', 'seq'))
+  return multihost.put(batch, rules.sharding('batch', 'seq'))
 
 
 def make_update(
@@ -66,6 +137,7 @@ def make_update(
     config: architecture.ModelConfig,
     rules: rules_lib.Rules,
     num_microbatches: int = 1,
+    rows_at_once: int = 0,
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """Compiles one optimizer step.
 
@@ -75,6 +147,8 @@ def make_update(
     config: sizes of the network.
     rules: logical axes to mesh axes.
     num_microbatches: M; rows are split into M parts run one after another.
+    rows_at_once: of each part, in place of M; memory then does not grow with
+      the number of rows. 0 means M parts.
 
   Returns:
     `update(state, rows, extras, is_applied)`; the state's buffers are donated.
@@ -85,18 +159,19 @@ def make_update(
   gradient = jax.value_and_grad(loss, has_aux=True)
 
   def accumulate(params, batch, extras):
-    if num_microbatches == 1:
+    num_parts = num_microbatches
+    if rows_at_once:
+      num_parts = batch.tokens.shape[0] // rows_at_once
+    if num_parts == 1:
       return gradient(params, batch, extras)
-    parts = jax.tree.map(
-        lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
+    parts = _parts(batch, num_parts)
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(gradient, params, first, extras))
 
     def add(total, part):
-      part = jax.tree.map(
-          lambda x: rules.constrain(x, 'batch', 'seq'), part)
+      part = _placed(part, rules)
       (loss_sum, metrics), grads = total
       (part_loss, part_metrics), part_grads = gradient(params, part, extras)
       grads = jax.tree.map(jnp.add, grads, part_grads)
@@ -139,9 +214,46 @@ def make_score(
     config: architecture.ModelConfig,
     temperature: float,
     rules: rules_lib.Rules,
-    backend: attention.Backend,
-) -> Callable[[types.Params, rows.Rows], head.HeadOutput]:
-  """Compiles `score(params, rows)`: old log-probabilities and entropies."""
-  return jax.jit(functools.partial(
-      token_scores, config=config, temperature=temperature, rules=rules,
-      backend=backend))
+    compute: compute_lib.Compute,
+    rows_at_once: int = 0,
+) -> Callable[[types.Params, rows.Rows], TokenScores]:
+  """Compiles `score(params, rows)`: old log-probabilities and entropies.
+
+  Routing is left out: nobody asks for it, and of long rows it is large.
+
+  Args:
+    config: sizes of the network.
+    temperature: see `token_scores`.
+    rules: logical axes to mesh axes.
+    compute: backends, dtype.
+    rows_at_once: rows run one after another in parts of so many; 0 means all.
+  """
+
+  def of_part(params, part):
+    return token_scores(
+        params, _placed(part, rules), config=config, temperature=temperature,
+        rules=rules, compute=compute).head
+
+  def score(params, batch):
+    num_rows = batch.tokens.shape[0]
+    if rows_at_once in (0, num_rows):
+      return TokenScores(head=of_part(params, batch), routing=None)
+    parts = _parts(batch, num_rows // rows_at_once)
+    scores = jax.lax.map(functools.partial(of_part, params), parts)
+    scores = jax.tree.map(lambda x: x.reshape(num_rows, -1), scores)
+    return TokenScores(head=_placed(scores, rules), routing=None)
+
+  return jax.jit(score)
+
+
+def _parts(batch: Any, num_parts: int) -> Any:
+  """[B, ...] -> [M, B / M, ...]."""
+  return jax.tree.map(
+      lambda x: jnp.asarray(x).reshape(num_parts, -1, *x.shape[1:]), batch)
+
+
+def _placed(batch: Any, rules: rules_lib.Rules) -> Any:
+  """Rows [B, T, ...] on the devices they belong to."""
+  return jax.tree.map(
+      lambda x: rules.constrain(
+          jnp.asarray(x), 'batch', 'seq', *(None,) * (x.ndim - 2)), batch)

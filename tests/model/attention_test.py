@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from longjax import rows
-from longjax.model import attention
+from longjax.model import attention, flash_attention
 from longjax.parallel import mesh, rules
 from tests.model import numpy_attention
 
@@ -136,7 +136,7 @@ def test_merging_attention_over_halves_of_the_keys_gives_the_whole():
         q, k[:, keys], v[:, keys], token_meta(meta),
         token_meta(x[:, keys] for x in meta), backend='reference')
 
-  out, lse = attention.merge(*over(slice(0, 9)), *over(slice(9, 20)))
+  out, lse = flash_attention.merge(*over(slice(0, 9)), *over(slice(9, 20)))
   whole_out, whole_lse = over(slice(0, 20))
   np.testing.assert_allclose(out, whole_out, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(lse, whole_lse, rtol=1e-5, atol=1e-6)
@@ -145,7 +145,7 @@ def test_merging_attention_over_halves_of_the_keys_gives_the_whole():
 
 def test_merge_passes_finite_gradients_where_nothing_was_seen():
   def total(lse1, lse2):
-    out, lse = attention.merge(
+    out, lse = flash_attention.merge(
         jnp.ones((3, H)), lse1, 2 * jnp.ones((3, H)), lse2)
     return jnp.sum(out) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
 
@@ -174,7 +174,7 @@ def test_a_mesh_changes_nothing(backend, sizes):
       q, k, v, meta, meta, d_out, d_lse, backend=backend, block_len=8,
       rules=made)
   if backend == 'blockwise':
-    assert spread[0].sharding.spec[0] == ('data', 'fsdp')
+    assert spread[0].sharding.spec[0] == ('data', 'fsdp', 'expert')
   for g, w in zip(spread, alone):
     np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
 

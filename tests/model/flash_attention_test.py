@@ -71,7 +71,8 @@ def test_skipped_blocks_are_not_touched_at_run_time():
   @jax.jit
   def run(q, k, v, weight):
     def total(q, k, v):
-      out, _ = flash_attention.attention(q, k, v, meta, meta, block_len=8)
+      out, _ = attention.attention(
+          q, k, v, meta, meta, backend='blockwise', block_len=8)
       return jnp.sum(out[:, :16] * weight[:, :16]), out
     return jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
 
@@ -88,7 +89,8 @@ def test_each_row_skips_for_itself():
       numpy_attention.packed([16], 16), numpy_attention.packed([], 16)))
   x = jnp.ones((2, 16, 1, 4)).at[1].set(jnp.nan)
   out, lse = jax.jit(
-      lambda x: flash_attention.attention(x, x, x, meta, meta, block_len=8))(x)
+      lambda x: attention.attention(
+          x, x, x, meta, meta, backend='blockwise', block_len=8))(x)
   np.testing.assert_allclose(out[0], 1.0, rtol=1e-6)
   np.testing.assert_array_equal(out[1], 0.0)
   np.testing.assert_array_equal(lse[1], -np.inf)

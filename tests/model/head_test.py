@@ -9,7 +9,7 @@ from longjax import types
 from longjax.model import head
 from longjax.parallel import mesh, rules
 
-B, T, D, V = 8, 7, 6, 20
+B, T, D, V = 8, 7, 8, 20
 
 
 def reference(hidden, weights, targets, mask, temperature):
@@ -198,18 +198,25 @@ def test_work_is_proportional_to_the_masked_tokens():
   assert len(chunks) == 2
 
 
-def temporary_bytes(row_len, vocab_size):
-  """Memory of forward and backward beside arguments, results and d_head."""
+def temporary_bytes(row_len, vocab_size, **sizes):
+  """Memory of one device's forward and backward beside arguments, results."""
+  made = rules.Rules(
+      mesh.make(mesh.MeshConfig(**sizes)) if sizes else
+      mesh.make(mesh.MeshConfig(), jax.devices()[:1]))
 
   def total(hidden, weights, targets, mask):
     return jnp.sum(head.logprobs_and_entropy(
-        hidden, weights, targets, mask, chunk_len=64).logprobs)
+        hidden, weights, targets, mask, chunk_len=64, rules=made).logprobs)
 
+  def array(*shape, names, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=made.sharding(*names))
+
+  tokens = ('batch', 'seq')
   shapes = (
-      jax.ShapeDtypeStruct((4, row_len, 8), jnp.float32),
-      jax.ShapeDtypeStruct((8, vocab_size), jnp.float32),
-      jax.ShapeDtypeStruct((4, row_len), jnp.int32),
-      jax.ShapeDtypeStruct((4, row_len), bool),
+      array(4, row_len, 8, names=(*tokens, None)),
+      array(8, vocab_size, names=('embed', 'vocab')),
+      array(4, row_len, names=tokens, dtype=jnp.int32),
+      array(4, row_len, names=tokens, dtype=bool),
   )
   compiled = jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile()
   return compiled.memory_analysis().temp_size_in_bytes
@@ -221,6 +228,15 @@ def test_memory_does_not_hold_the_logits():
   # few numbers and D = 8 channels a token.
   assert long - short < 4 * 1536 * 4 * 40
   assert long < 4 * 2048 * 4096 * 4 / 10
+
+
+def test_memory_is_a_chunk_of_logits_split_over_the_vocabulary():
+  few, many = temporary_bytes(2048, 4096), temporary_bytes(2048, 16_384)
+  # One chunk of 64 tokens, a few arrays of it, and the gradient of the head.
+  assert many - few < (64 * 6 + 8 * 3) * 12_288 * 4
+  whole = temporary_bytes(512, 65_536)
+  split = temporary_bytes(512, 65_536, data=1, tensor=8)
+  assert split < whole / 6
 
 
 def test_a_temperature_of_zero_is_refused():

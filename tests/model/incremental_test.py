@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longjax import rows
-from longjax.model import incremental, transformer
+from longjax.model import compute, incremental, transformer
 from tests import tiny_model
 
 MODEL = tiny_model.MODEL
@@ -25,9 +25,9 @@ def test_prefill_and_decode_steps_equal_the_whole_sequence():
       group=np.where(position < prompt_len[:, None] - 1, 0, -1),
       branch=np.zeros_like(position), position=position)
   params = tiny_model.params()
-  prefix = jax.jit(functools.partial(
-      transformer.prefill, config=MODEL, rules=RULES))(
-          params, prompts[:, :5], meta)
+  prefix, _ = jax.jit(functools.partial(
+      transformer.prefill, config=MODEL, rules=RULES,
+      compute=compute.Compute()))(params, prompts[:, :5], meta)
   read = jax.jit(functools.partial(
       incremental.decode_step, config=MODEL, rules=RULES))
   empty = jnp.zeros((MODEL.num_layers, 3, 2, num_read + 2,
@@ -35,7 +35,7 @@ def test_prefill_and_decode_steps_equal_the_whole_sequence():
   suffix = transformer.KeyValues(key=empty, value=empty)
   got = []
   for slot in range(num_read):
-    hidden, suffix = read(
+    hidden, suffix, _ = read(
         params, samples[:, :, slot], prefix, meta, suffix, jnp.int32(slot),
         prompt_len - 1)
     got.append(hidden)
@@ -49,10 +49,10 @@ def test_prefill_and_decode_steps_equal_the_whole_sequence():
   places = np.tile(np.arange(11), (6, 1))
   whole = jax.jit(functools.partial(
       transformer.hidden_states, config=MODEL, rules=RULES,
-      backend='reference'))(
+      compute=compute.Compute(attention='reference')))(
           params, sequences, rows.TokenMeta(
               group=np.zeros_like(places), branch=np.zeros_like(places),
-              position=places))
+              position=places)).states
   for i, (p, g) in enumerate(np.ndindex(3, 2)):
     for slot in range(num_read):
       np.testing.assert_allclose(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from longjax import types
-from longjax.model import architecture, induction, rope, transformer
+from longjax.model import architecture, induction, parameters, transformer
+from tests import tiny_model
 
 CONFIG = architecture.ModelConfig(
     vocab_size=96, embed_dim=128, ffn_dim=32, num_layers=2, num_heads=4,
@@ -16,7 +17,7 @@ CONFIG = architecture.ModelConfig(
 
 
 def fresh(config=CONFIG):
-  return jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
+  return jax.jit(lambda key: parameters.init(config, key))(jax.random.key(0))
 
 
 def attention_weights(params):
@@ -24,8 +25,7 @@ def attention_weights(params):
   tokens = np.tile(
       np.random.default_rng(0).permutation(CONFIG.vocab_size)[:24], 2)
   position = jnp.arange(48)[None]
-  angle = rope.angles(
-      position, head_dim=CONFIG.head_dim, theta=CONFIG.rope_theta)
+  angle = transformer.angles(position, CONFIG)
   collected = []
 
   def attend(q, k, v):
@@ -39,8 +39,8 @@ def attention_weights(params):
   x = params['embedding'][tokens][None]
   for i in range(CONFIG.num_layers):
     layer = {name: values[i] for name, values in params['layers'].items()}
-    x, _ = transformer.block(
-        layer, x, angle, attend, epsilon=CONFIG.norm_epsilon)
+    x, _, _ = transformer.block(
+        layer, x, angle, attend, config=CONFIG, rules=tiny_model.rules())
   return np.asarray(collected)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from longjax import rows
-from longjax.model import transformer
+from longjax.model import compute as compute_lib
+from longjax.model import parameters, transformer
 from tests import tiny_model
 
 MODEL = tiny_model.MODEL
@@ -34,9 +35,15 @@ def packed():
 
 @functools.cache
 def hidden_program(backend='reference', remat='none'):
-  return jax.jit(functools.partial(
-      transformer.hidden_states, config=MODEL, rules=RULES, backend=backend,
-      remat=transformer.Remat(remat)))
+  compute = compute_lib.Compute(
+      attention=backend, remat=compute_lib.Remat(remat))
+
+  def states(params, tokens, meta):
+    return transformer.hidden_states(
+        params, tokens, meta, config=MODEL, rules=RULES,
+        compute=compute).states
+
+  return jax.jit(states)
 
 
 @pytest.mark.parametrize('backend', ['reference', 'blockwise'])
@@ -52,7 +59,8 @@ def test_a_token_influences_exactly_those_that_see_it(backend):
     # One embedding row a place, so that each place is a variable of its own.
     hidden = transformer.hidden_states(
         tiny_model.params() | {'embedding': embedded}, places, batch.meta,
-        config=MODEL, rules=RULES, backend=backend)
+        config=MODEL, rules=RULES,
+        compute=compute_lib.Compute(attention=backend)).states
     return hidden[0] @ direction
 
   embedded = tiny_model.params()['embedding'][batch.tokens[0]]
@@ -75,7 +83,7 @@ def test_backends_and_recomputation_agree():
 
 def test_fresh_parameters_keep_the_residual_stream_near_one():
   config = dataclasses.replace(MODEL, num_layers=6)
-  init = jax.jit(functools.partial(transformer.init, config))
+  init = jax.jit(functools.partial(parameters.init, config))
   params = init(jax.random.key(0))
   fan_in = {'query': 32, 'key': 32, 'value': 32, 'output': 32 * 12,
             'gate': 32, 'up': 32, 'down': 48 * 12}
@@ -91,12 +99,12 @@ def test_fresh_parameters_keep_the_residual_stream_near_one():
 
 def test_tied_models_have_no_head_of_their_own():
   tied = dataclasses.replace(MODEL, tied_embeddings=True)
-  assert 'head' not in transformer.parameter_axes(tied)
-  shapes = transformer.abstract(tied)
+  assert 'head' not in parameters.axes(tied)
+  shapes = parameters.abstract(tied)
   assert 'head' not in shapes
   params = {k: v for k, v in tiny_model.params().items() if k != 'head'}
   np.testing.assert_array_equal(
-      transformer.head_weights(params), params['embedding'].T)
+      parameters.head_weights(params), params['embedding'].T)
 
 
 def test_rms_norm_is_its_formula():
@@ -112,10 +120,11 @@ def test_activations_follow_the_rules_of_the_mesh():
   rules = tiny_model.rules(data=2, fsdp=4)
   batch = jax.tree.map(lambda x: np.tile(x, (8, 1)), packed())
   hidden = jax.jit(functools.partial(
-      transformer.hidden_states, config=MODEL, rules=rules))(
+      transformer.hidden_states, config=MODEL, rules=rules,
+      compute=compute_lib.Compute()))(
           tiny_model.params(),
           *jax.device_put((batch.tokens, batch.meta),
-                          rules.sharding('batch', 'seq')))
+                          rules.sharding('batch', 'seq'))).states
   assert hidden.sharding.is_equivalent_to(
       rules.sharding('batch', 'seq', 'activation_embed'), 3)
   want = hidden_program()(tiny_model.params(), batch.tokens, batch.meta)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -64,3 +65,24 @@ def test_the_cpu_becomes_as_many_devices_as_asked():
 def test_no_devices_are_refused():
   with pytest.raises(types.UserError, match='cpu_devices=0'):
     mesh.split_cpu(0)
+
+
+def tpu_slices(number):
+  """Devices of TPU slices of eight chips, to compile for."""
+  topologies = pytest.importorskip('longjax.planner.topologies')
+  pytest.importorskip('libtpu')
+  topologies.compile_only()
+  return jax.experimental.topologies.get_topology_desc(
+      platform='tpu', topology_name='v5p:2x2x2', num_slices=number).devices
+
+
+def test_only_copies_of_the_model_lie_on_different_slices():
+  made = mesh.make(mesh.MeshConfig(data=4, fsdp=-1, seq=2), tpu_slices(2))
+  slices = np.vectorize(lambda device: device.slice_index)(made.devices)
+  assert made.devices.shape == (4, 2, 2, 1, 1)
+  assert (slices[:2] == 0).all() and (slices[2:] == 1).all()
+
+
+def test_a_copy_of_the_model_that_spans_slices_is_refused():
+  with pytest.raises(types.UserError, match='data=1 .* over 2 TPU slices'):
+    mesh.make(mesh.MeshConfig(data=1, fsdp=-1), tpu_slices(2))

@@ -14,9 +14,9 @@ def train():
 
 def test_names_become_mesh_axes(train):
   assert train.spec('batch', 'seq', 'activation_embed') == P(
-      ('data', 'fsdp'), 'seq', None)
+      ('data', 'fsdp', 'expert'), 'seq', None)
   assert train.spec('layers', 'embed', 'heads', None) == P(
-      None, 'fsdp', 'tensor', None)
+      None, ('fsdp', 'seq', 'expert'), 'tensor', None)
   assert train.size('batch') == 4
   assert train.size(None) == 1
 
@@ -48,10 +48,11 @@ def test_constrain_names_a_dimension_that_does_not_divide(train):
 
 
 def test_a_parameter_that_does_not_divide_is_named(train):
-  axes = {'layers': {'key': ('layers', 'embed', 'kv_heads', None)}}
-  shapes = {'layers': {'key': jax.ShapeDtypeStruct((3, 8, 1, 4), jnp.float32)}}
+  axes = {'layers': {'query': ('layers', 'embed', 'heads', None)}}
+  shapes = {
+      'layers': {'query': jax.ShapeDtypeStruct((3, 8, 1, 4), jnp.float32)}}
   with pytest.raises(
-      types.UserError, match=r"'key'.*dimension 2 \(kv_heads\) of size 1 "
+      types.UserError, match=r"'query'.*dimension 2 \(heads\) of size 1 "
       'does not divide over mesh tensor=2'):
     train.tree_shardings(axes, shapes)
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from longjax import rows, types
-from longjax.model import head, transformer
+from longjax.model import compute, head, parameters, transformer
 from longjax.rl import batch
 from longjax.rollout import decode, engine
 from longjax.train import step
 from tests import tiny_model
 
 NUM_SAMPLES, MAX_LEN, PROMPT_LEN = 3, 10, 16
+COMPUTE = compute.Compute(attention='reference')
 STOP_IDS = (5, 17, 40, 41, 42, 60, 77, 90)
 # Ragged: a single token, a full bucket, two equal prompts but for the number.
 LENGTHS = [4, 1, 16, 9, 2, 12, 7, 7]
@@ -29,7 +30,9 @@ SAMPLERS = {
         temperature=0.0, max_response_len=MAX_LEN),
 }
 MESHES = {'one': {}, 'data=8': dict(data=8),
-          'data=2,fsdp=4': dict(data=2, fsdp=4)}
+          'data=2,fsdp=4': dict(data=2, fsdp=4),
+          'fsdp=2,seq=4': dict(fsdp=2, seq=4),
+          'seq=4,tensor=2': dict(seq=4, tensor=2)}
 
 
 @functools.cache
@@ -38,7 +41,7 @@ def program(sampler='plain', mesh='one'):
   return jax.jit(
       functools.partial(
           decode.generate, sampler=SAMPLERS[sampler], config=tiny_model.MODEL,
-          rules=tiny_model.rules(**MESHES[mesh]), backend='reference',
+          rules=tiny_model.rules(**MESHES[mesh]), compute=COMPUTE,
           stop_ids=STOP_IDS),
       static_argnames=('num_samples',))
 
@@ -53,7 +56,7 @@ def generate(prompts, *, sampler='plain', mesh='one', num_prompts=8,
     rules = tiny_model.rules(**MESHES[mesh])
     padded = jax.device_put(padded, rules.sharding('batch'))
     params = jax.device_put(params, rules.tree_shardings(
-        transformer.parameter_axes(tiny_model.MODEL), params))
+        parameters.axes(tiny_model.MODEL), params))
   made = program(sampler, mesh)(
       params, padded, jax.random.key(seed), num_samples=num_samples)
   return jax.device_get(made)
@@ -83,9 +86,9 @@ def test_scores_are_those_of_the_trainer(sampler):
   assert len(set(rollouts.lengths.flat)) > 4  # Ragged responses too.
   packed = batch.pack(PROMPTS, rollouts, row_len=48, row_multiple=8)
   score = step.make_score(
-      config=tiny_model.MODEL, rules=tiny_model.rules(), backend='blockwise',
-      temperature=SAMPLERS[sampler].temperature)
-  scores = jax.device_get(score(tiny_model.params(), packed))
+      config=tiny_model.MODEL, rules=tiny_model.rules(),
+      compute=compute.Compute(), temperature=SAMPLERS[sampler].temperature)
+  scores = jax.device_get(score(tiny_model.params(), packed)).head
   for name in ('logprobs', 'entropy', 'entropy_t1'):
     trained = batch.unpack(
         getattr(scores, name), packed, max_response_len=MAX_LEN,
@@ -109,9 +112,9 @@ def test_greedy_tokens_are_those_of_running_the_whole_sequence_each_time():
     hidden = transformer.hidden_states(
         tiny_model.params(), tokens[None],
         jax.tree.map(lambda x: x[None], meta), config=tiny_model.MODEL,
-        rules=tiny_model.rules())
+        rules=tiny_model.rules(), compute=COMPUTE).states
     logits = head.logits(
-        hidden[0, length - 1], transformer.head_weights(tiny_model.params()))
+        hidden[0, length - 1], parameters.head_weights(tiny_model.params()))
     return jnp.argmax(logits)
 
   for p, prompt in enumerate(PROMPTS[:6]):
@@ -198,9 +201,15 @@ def test_noise_differs_between_prompts_samples_and_places():
   assert sum(r[0] == r[1] == r[2] for r in long) == 0
 
 
-@pytest.mark.parametrize('mesh', ['data=8', 'data=2,fsdp=4'])
+@pytest.mark.parametrize('mesh', list(MESHES)[1:])
 def test_eight_devices_write_what_one_writes(mesh):
   assert_same(generate(PROMPTS, mesh=mesh), sampled())
+
+
+def test_fewer_prompts_than_devices_are_written_by_all_of_them():
+  # Four prompts over eight devices: those along `seq` share each prompt.
+  made = generate(PROMPTS[:4], mesh='fsdp=2,seq=4', num_prompts=4)
+  assert_same(made, jax.tree.map(lambda x: x[:4], sampled()))
 
 
 def test_sample_keys_are_distinct_and_their_own():
@@ -215,8 +224,8 @@ def test_prefix_meta_hides_padding_and_the_last_prompt_token():
   meta = decode.prefix_meta(engine.pad(
       tiny_model.prompts([3, 1]), num_prompts=3, prompt_len=5))
   np.testing.assert_array_equal(meta.group, [
-      [0, 0, -1, -1], [-1, -1, -1, -1], [-1, -1, -1, -1]])
-  np.testing.assert_array_equal(meta.position, [[0, 1, 2, 3]] * 3)
+      [0, 0, -1, -1, -1], [-1] * 5, [-1] * 5])
+  np.testing.assert_array_equal(meta.position, [[0, 1, 2, 3, 4]] * 3)
   assert not np.asarray(meta.branch).any()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from longjax import types
+from longjax.model import compute
 from longjax.rollout import decode, engine
 from tests import tiny_model
 
@@ -22,7 +23,8 @@ def make(prompt_buckets=(8, 16), prompts_per_batch=4, **mesh):
       engine=engine.EngineConfig(
           prompt_buckets=prompt_buckets,
           prompts_per_batch=prompts_per_batch),
-      rules=tiny_model.rules(**mesh), backend='reference')
+      rules=tiny_model.rules(**mesh),
+      compute=compute.Compute(attention='reference'))
 
 
 def sample(made, prompts, seed=0):
@@ -65,7 +67,7 @@ def test_steady_state_compiles_nothing():
   made = engine.Engine(
       model=tiny_model.MODEL, sampler=SAMPLER, stop_ids=(5,),
       engine=engine.EngineConfig(prompt_buckets=(8,), prompts_per_batch=4),
-      rules=tiny_model.rules(), backend='reference')
+      rules=tiny_model.rules(), compute=compute.Compute(attention='reference'))
   assert made.num_programs() == 0
   for i, lengths in enumerate([[3], [8, 2], [1, 1, 4, 5, 6, 7], [8] * 4]):
     sample(made, tiny_model.prompts(lengths, seed=i), seed=i)
@@ -76,7 +78,7 @@ def test_prompts_are_laid_out_with_the_last_token_apart():
   prompts = tiny_model.prompts([3, 1])
   batch = engine.pad(prompts, num_prompts=3, prompt_len=5)
   np.testing.assert_array_equal(
-      batch.tokens, [[*prompts[0].tokens[:2], 0, 0], [0] * 4, [0] * 4])
+      batch.tokens, [[*prompts[0].tokens[:2], 0, 0, 0], [0] * 5, [0] * 5])
   np.testing.assert_array_equal(
       batch.last_token, [prompts[0].tokens[2], prompts[1].tokens[0], 0])
   np.testing.assert_array_equal(batch.lengths, [3, 1, 0])

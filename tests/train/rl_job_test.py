@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from longjax import types
-from longjax.model import transformer
+from longjax.data import turns
+from longjax.model import architecture, compute
 from longjax.rl import batch, entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
@@ -24,18 +25,20 @@ NUM_SAMPLES = 3
 class LetterTokenizer:
   """A token a character; the vocabulary of `tiny_model` has room for it."""
 
-  stop_id = 2
+  stop_ids = (2,)
+  turns = turns.COMPACT
 
   def encode(self, text):
     return [8 + ord(c) % 80 for c in text]
 
+  def encode_template(self, text):
+    names = ('<|im_start|>', '<|im_end|>', '<think>', '</think>')
+    return turns.encode(
+        text, special={name: 1 + i for i, name in enumerate(names)},
+        encode_text=self.encode)
+
   def decode(self, ids):
     return ' '.join(map(str, ids))
-
-  def special(self, name):
-    return 1 + ('<|im_start|>', '<|im_end|>', '<think>', '</think>').index(
-        name)
-
 
 class Kept(list):
   """A rollout writer that remembers what it is given."""
@@ -77,7 +80,7 @@ def context(**mesh):
   return run_state.Context(
       **unused, seed=0, rules=tiny_model.rules(**mesh),
       tokenizer=LetterTokenizer(), model=tiny_model.MODEL,
-      backend='reference', remat=transformer.Remat.NONE, checkpoint_every=1,
+      compute=compute.Compute(attention='reference'), checkpoint_every=1,
       max_skipped_in_a_row=3, rollouts=Kept())
 
 
@@ -93,6 +96,29 @@ def job_of(name, **mesh):
   where, grader = context(**mesh), Grader()
   return rl_job.RlJob(
       where, made, examples=EXAMPLES, score=grader), where, grader
+
+
+def test_a_mixture_of_experts_trains_on_the_samplers_routes():
+  model = dataclasses.replace(
+      tiny_model.MODEL, ffn_dim=16,
+      moe=architecture.MoeConfig(num_experts=4, num_active=2))
+  where = dataclasses.replace(context(), model=model)
+  job = rl_job.RlJob(
+      where, stage(replay_experts=True), examples=EXAMPLES, score=Grader())
+  state = run_state.fresh(
+      tiny_model.params(model=model),
+      optimizer_lib.make(stage().optimizer, num_steps=4), where)
+  graded = job.rollout(state.train.params, 0)
+  packed = job._pack(graded, 0, len(graded.prompts))
+  assert packed.expert_ids.shape[2:] == (model.num_layers, 2)
+  for i in range(2):
+    result = job.step(state, i, i + 1)
+    state, values = result.state, jax.device_get(dict(result.values))
+    assert values['gap/logprob_max'] < 1e-4
+    assert 1.0 <= values['moe/max_load'] <= 4.0
+    assert 0.0 <= values['moe/idle'] < 1.0
+  with pytest.raises(types.UserError, match='replay_experts=True needs'):
+    rl_stage.check(stage(replay_experts=True), context())
 
 
 def fresh(where):
@@ -222,6 +248,14 @@ def test_dense_and_binary_rewards_of_a_task_have_deviations_of_their_own():
   np.testing.assert_allclose(got, want.reshape(-1), rtol=1e-4)
 
 
+def test_prompts_sampled_in_parts_are_answered_alike():
+  job, where, _ = job_of('on_policy')
+  params = fresh(where).train.params
+  parted = rl_job.RlJob(
+      where, stage(prompts_per_batch=2), examples=EXAMPLES, score=Grader())
+  assert parted.rollout(params, 0).texts == job.rollout(params, 0).texts
+
+
 def test_shuffled_rewards_are_the_same_rewards_elsewhere():
   (job, where, _), (other, *_) = job_of('on_policy'), job_of('off_policy')
   params = fresh(where).train.params
@@ -238,6 +272,8 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
     (dict(num_samples=1), 'num_samples=1'),
     (dict(num_minibatches=3), 'not a multiple of rl.num_minibatches=3'),
     (dict(num_microbatches=3), 'not a multiple of rl.num_microbatches=3'),
+    (dict(num_microbatches=-1), 'rl.num_microbatches=-1 must be >= 0'),
+    (dict(prompts_per_batch=-1), 'rl.prompts_per_batch=-1 must be >= 0'),
     (dict(row_len=57), r'rl.row_len=57 cannot hold.*at least 58'),
     (dict(sampler=decode.SamplerConfig(temperature=0.0, max_response_len=6)),
      'rl.sampler.temperature=0'),
@@ -251,6 +287,8 @@ def test_impossible_stages_are_refused(overrides, message):
 @pytest.mark.parametrize('overrides, message', [
     (dict(num_prompts=4), 'rl.num_prompts=4 does not divide over the 8 data'),
     (dict(row_multiple=4), 'rl.row_multiple=4 does not divide over the 8 data'),
+    (dict(row_multiple=8, prompts_per_batch=4),
+     'rl.prompts_per_batch=4 does not divide over the 8 data'),
     (dict(row_multiple=8, num_microbatches=2),
      '= 4 rows do not divide over the 8 data.* multiple of 16 rows'),
 ])

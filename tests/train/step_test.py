@@ -10,7 +10,7 @@ import pytest
 from flax import struct
 
 from longjax import reductions, types
-from longjax.model import transformer
+from longjax.model import architecture, compute, parameters
 from longjax.rl import batch as batch_lib
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_job, state, step
@@ -59,7 +59,8 @@ BAD = {'loss': extras(scale=np.nan), 'gradient': extras(under_root=0.0),
 
 
 @functools.cache
-def compiled(mesh='one', num_microbatches=1, schedule='constant'):
+def compiled(
+    mesh='one', num_microbatches=1, schedule='constant', rows_at_once=0):
   """update, optimizer and rules."""
   rules = tiny_model.rules(**MESHES[mesh])
   optimizer = optimizer_lib.make(
@@ -69,7 +70,7 @@ def compiled(mesh='one', num_microbatches=1, schedule='constant'):
       num_steps=10)
   update = step.make_update(
       bigram_loss, optimizer, config=tiny_model.MODEL, rules=rules,
-      num_microbatches=num_microbatches)
+      num_microbatches=num_microbatches, rows_at_once=rows_at_once)
   return update, optimizer, rules
 
 
@@ -176,8 +177,10 @@ def test_steady_state_compiles_nothing(mesh):
 
 def test_micro_batches_do_not_change_metrics_or_the_step():
   outcomes = []
-  for num_microbatches in (1, 2, 8):
-    update, _, rules = compiled(num_microbatches=num_microbatches)
+  for parts in (
+      dict(num_microbatches=1), dict(num_microbatches=2),
+      dict(num_microbatches=8), dict(rows_at_once=2)):
+    update, _, rules = compiled(**parts)
     after, metrics = update(
         start(), step.put_rows(PACKED, rules), extras(), True)
     adam = optax.tree_utils.tree_get(after.opt_state, 'ScaleByAdamState')
@@ -216,7 +219,7 @@ def test_moments_lie_with_their_parameters():
 
 
 def test_parameters_that_do_not_divide_over_the_mesh_are_named():
-  with pytest.raises(types.UserError, match='kv_heads.*tensor=8'):
+  with pytest.raises(types.UserError, match='heads.*tensor=8'):
     state.param_shardings(tiny_model.MODEL, tiny_model.rules(tensor=8))
 
 
@@ -225,10 +228,10 @@ def test_score_gives_the_logprobs_the_loss_is_formed_from():
   rules = tiny_model.rules()
   score = step.make_score(
       config=tiny_model.MODEL, temperature=stage.sampler.temperature,
-      rules=rules, backend='reference')
+      rules=rules, compute=compute.Compute(attention='reference'))
   scores = score(tiny_model.params(), PACKED)
   by_response = batch_lib.unpack(
-      np.asarray(scores.logprobs), PACKED, num_responses=12,
+      np.asarray(scores.head.logprobs), PACKED, num_responses=12,
       max_response_len=8)
   given = tiny_model.extras(ROLLOUTS) | {
       'old_logprobs': by_response, 'sampler_logprobs': by_response}
@@ -238,14 +241,53 @@ def test_score_gives_the_logprobs_the_loss_is_formed_from():
   summary = metrics.summary()
   np.testing.assert_allclose(summary['ratio/mean'], 1.0, atol=1e-6)
   assert summary['gap/logprob_max'] < 1e-6
-  assert not np.asarray(scores.logprobs)[~PACKED.loss_mask].any()
+  assert not np.asarray(scores.head.logprobs)[~PACKED.loss_mask].any()
+
+
+def test_scores_do_not_depend_on_how_many_rows_run_at_once():
+  for mesh, rows_at_once in (('one', 2), ('data=2,fsdp=4', 8)):
+    rules = tiny_model.rules(**MESHES[mesh])
+    packed = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), PACKED)
+    want, got = (
+        step.make_score(
+            config=tiny_model.MODEL, temperature=0.7, rules=rules,
+            compute=compute.Compute(attention='reference'), rows_at_once=n)(
+                tiny_model.params(), packed).head
+        for n in (0, rows_at_once))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        got, want)
 
 
 def test_the_logical_axes_name_every_parameter():
-  axes = transformer.parameter_axes(tiny_model.MODEL)
-  shapes = transformer.abstract(tiny_model.MODEL)
+  axes = parameters.axes(tiny_model.MODEL)
+  shapes = parameters.abstract(tiny_model.MODEL)
 
   def one(names, leaf):
     assert len(names) == leaf.ndim
 
   jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def test_factored_moments_lie_as_their_parameters_do():
+  model = architecture.ModelConfig(
+      vocab_size=128, embed_dim=256, ffn_dim=384, num_layers=2, num_heads=4,
+      num_kv_heads=2, head_dim=64)
+  optimizer = optimizer_lib.make(
+      optimizer_lib.OptimizerConfig(
+          learning_rate=1e-2, moments=optimizer_lib.Moments.FACTORED),
+      num_steps=10)
+  rules = tiny_model.rules(fsdp=4, tensor=2)
+  abstract = state.abstract(model, optimizer, rules)
+  factored = optax.tree_utils.tree_get(abstract.opt_state, 'FactoredState')
+  by_row, by_column = factored.v_row['layers']['up'], factored.v_col[
+      'layers']['up']
+  # f32[L, D, F] with D over fsdp and F over tensor.
+  assert (by_row.shape, by_column.shape) == ((2, 256), (2, 384))
+  assert by_row.sharding.shard_shape(by_row.shape) == (2, 64)
+  assert by_column.sharding.shard_shape(by_column.shape) == (2, 192)
+  made = state.create(
+      parameters.init(model, jax.random.key(0)), model, optimizer, rules)
+  jax.tree.map(
+      lambda x, want: x.sharding.is_equivalent_to(want.sharding, x.ndim) or
+      pytest.fail(f'{x.sharding} is not {want.sharding}'), made, abstract)
