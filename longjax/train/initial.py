@@ -15,9 +15,11 @@ from longjax.model import (
     huggingface,
     huggingface_config,
     induction,
-    transformer,
+    parameters,
 )
+from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
+from longjax.train import mirror
 
 Initialization = Literal['random', 'induction']
 
@@ -47,13 +49,18 @@ def find(path: str) -> pathlib.Path:
   """Where a relative path of a config leads.
 
   The working directory comes first, then the checkout: the configs that ship
-  with longjax work from anywhere.
+  with longjax work from anywhere. From a URL a local copy is made. A work
+  directory leads to the model its run exported.
 
   Raises:
     UserError: it is in neither.
   """
+  if mirror.is_remote(path):
+    return mirror.fetch_model(path)
   places = [pathlib.Path(path).expanduser(), _CHECKOUT / path]
   for place in places:
+    if (place / 'model' / 'config.json').is_file():
+      return place / 'model'  # Of a run that is finished.
     if place.exists():
       return place
   raise types.UserError(
@@ -85,6 +92,7 @@ def from_scratch(
     directory: pathlib.Path,
     texts: Callable[[], Iterable[str]],
     rules: rules_lib.Rules,
+    publish: Callable[[], None] = lambda: None,
 ) -> Initial:
   """A fresh network, and a tokenizer trained when the run first starts.
 
@@ -95,25 +103,30 @@ def from_scratch(
     directory: where the tokenizer is kept; one that is there is used.
     texts: makes the texts a tokenizer is trained on.
     rules: logical axes to mesh axes.
+    publish: called when the tokenizer is there, see `mirror`.
   """
-  if all((directory / name).exists() for name in (
-      tokenizer_lib.MODEL_FILE, tokenizer_lib.CONFIG_FILE)):
-    tokenizer = tokenizer_lib.load(directory)
-  else:
-    tokenizer = tokenizer_lib.train(
-        texts(), vocab_size=model.vocab_size, directory=directory)
+
+  def train_once() -> None:
+    if not all((directory / name).exists() for name in (
+        tokenizer_lib.MODEL_FILE, tokenizer_lib.CONFIG_FILE)):
+      tokenizer_lib.train(
+          texts(), vocab_size=model.vocab_size, directory=directory)
+
+  multihost.on_primary(train_once)
+  publish()
+  tokenizer = tokenizer_lib.load(directory)
   # A small corpus gives fewer pieces than asked for.
   model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
 
   def load():
     where = rules.tree_shardings(
-        transformer.parameter_axes(model), transformer.abstract(model))
+        parameters.axes(model), parameters.abstract(model))
     # One program on any mesh: the same seed gives the same parameters.
-    params = jax.jit(lambda key: transformer.init(model, key))(
+    params = jax.jit(lambda key: parameters.init(model, key))(
         jax.random.key(seed))
     if initialization == 'induction':
       params = induction.initialise(params, model, seed=seed)
-    return jax.device_put(params, where)
+    return multihost.put(params, where)
 
   return Initial(
       load=load, model=model, tokenizer=tokenizer,

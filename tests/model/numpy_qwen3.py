@@ -56,41 +56,6 @@ def logprobs(
   return scores[np.arange(len(scores)), tokens[1:]] - logsumexp
 
 
-def random_tensors(
-    config: Mapping[str, Any], seed: int = 0
-) -> dict[str, np.ndarray]:
-  """float32 tensors of every name and shape a Qwen3 checkpoint has."""
-  rng = np.random.default_rng(seed)
-  d, f, h = (
-      config[k] for k in ('hidden_size', 'intermediate_size', 'head_dim'))
-  q_width = config['num_attention_heads'] * h
-  kv_width = config['num_key_value_heads'] * h
-  shapes = {'model.embed_tokens.weight': (config['vocab_size'], d)}
-  for i in range(config['num_hidden_layers']):
-    for name, shape in {
-        'input_layernorm': (d,),
-        'post_attention_layernorm': (d,),
-        'self_attn.q_proj': (q_width, d),
-        'self_attn.k_proj': (kv_width, d),
-        'self_attn.v_proj': (kv_width, d),
-        'self_attn.o_proj': (d, q_width),
-        'self_attn.q_norm': (h,),
-        'self_attn.k_norm': (h,),
-        'mlp.gate_proj': (f, d),
-        'mlp.up_proj': (f, d),
-        'mlp.down_proj': (d, f),
-    }.items():
-      shapes[f'model.layers.{i}.{name}.weight'] = shape
-  shapes['model.norm.weight'] = (d,)
-  if not config['tie_word_embeddings']:
-    shapes['lm_head.weight'] = (config['vocab_size'], d)
-  tensors = {}
-  for name, shape in shapes.items():
-    value = rng.normal(size=shape) * shape[-1] ** -0.5
-    tensors[name] = np.float32(value + 1.0 if len(shape) == 1 else value)
-  return tensors
-
-
 def _rms_norm(x, weight, epsilon):
   return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * weight
 

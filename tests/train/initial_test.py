@@ -64,8 +64,8 @@ def test_a_seed_gives_the_same_parameters_on_any_mesh(directory):
 def saved(directory, path, model):
   made = begin(directory)
   huggingface.save(
-      path, made.load(), model, tokenizer_directory=directory,
-      stop_id=made.tokenizer.stop_id, pad_id=made.tokenizer.pad_id)
+      path, made.load(), model, source=directory,
+      stop_id=made.tokenizer.stop_ids[0], pad_id=made.tokenizer.pad_id)
   return path
 
 
