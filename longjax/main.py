@@ -5,24 +5,27 @@
 know every key and type (`longjax.overrides`).
 
 Exit codes: 0 done, 1 a bug (with traceback), 2 a mistake of the user's (one
-line), 130 or 143 stopped by SIGINT or SIGTERM after saving.
+line), 42 another process was lost (one line, see `parallel.processes`), 130 or
+143 stopped by SIGINT or SIGTERM after saving.
 """
 
+import contextlib
 import difflib
 import errno
-import logging as python_logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
 from longjax import config as config_lib
-from longjax import overrides, types
+from longjax import log, overrides, types
 
 USAGE = """\
 longjax: long-context reasoning and memory post-training in JAX
@@ -30,9 +33,15 @@ longjax: long-context reasoning and memory post-training in JAX
   longjax --config=FILE [--workdir=DIR] [--config.KEY=VALUE ...]
 
   --config=FILE[:VARIANT]  a Python file with get_config(), see configs/
-  --workdir=DIR            results and checkpoints (default: runs/<config>);
+  --workdir=DIR            results and checkpoints (default: runs/<config>;
+                           may be gs://BUCKET/DIR);
                            the same command again resumes or reports the run
   --config.KEY=VALUE       sets one value, e.g. --config.seed=1; keys are dotted
+  --distributed            one of several processes that train one model: the
+                           same command on every host, work directory shared
+  --plan=TOPOLOGY          runs nothing, but compiles the run for a TPU slice
+                           such as v5p:4x4x8, on any machine: does it fit, how
+                           long may it take? See docs/scale.md
   --helpfull               every flag, those of absl and jax included
 
 The config's `job` chooses what is done:
@@ -42,6 +51,8 @@ The config's `job` chooses what is done:
   sft      supervised fine-tuning
   rl       AEPO reinforcement learning
   evals    score a model by task and context length
+  convert  write a checkpoint as a Hugging Face directory, see
+           configs/convert.py
 
 Examples:
   longjax --config=configs/tiny.py
@@ -57,6 +68,31 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False, sys_argv=[])
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Results and checkpoints; default runs/<config>.')
+
+_DISTRIBUTED = flags.DEFINE_boolean(
+    'distributed', False,
+    'This is one of several processes; the same command starts all of them. '
+    'Cloud TPU, Slurm and Kubernetes say which one, elsewhere the next three '
+    'flags do.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, a free port.')
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'Number of processes.', lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', None, 'Which of them this is.', lower_bound=0)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    'heartbeat_timeout', 30,
+    'Seconds of silence after which another process counts as lost.',
+    lower_bound=2)
+
+_PLAN = flags.DEFINE_string(
+    'plan', None, 'TPU topology to plan the run for, in place of running it.')
+_PLAN_OPTIMIZE = flags.DEFINE_boolean(
+    'plan_optimize', False,
+    "Compile plans at the compiler's default level: minutes, not seconds.")
+_PLAN_SEARCH = flags.DEFINE_boolean(
+    'plan_search', True,
+    'Plans also find the longest context and the smallest topology that fit.')
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -115,17 +151,22 @@ def default_workdir(config_file: str) -> str:
   return os.path.join('runs', f'{stem}-{variant}' if variant else stem)
 
 
-def open_workdir(path: str) -> pathlib.Path:
+def open_workdir(path: str) -> epath.Path:
   """Makes the directory; UserError if nothing can be written there."""
-  workdir = pathlib.Path(path)
+  workdir = epath.Path(path)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / '.writable').touch()
-    (workdir / '.writable').unlink()
+    probe = workdir / f'.writable-{uuid.uuid4().hex}'  # Of this process.
+    probe.write_bytes(b'')
+    probe.unlink()
   except OSError as error:
     raise types.UserError(
-        f'cannot write to --workdir={path}: {error.strerror}; choose another '
-        'directory.') from error
+        f'cannot write to --workdir={path}: {error.strerror or error}; choose '
+        'another directory.') from error
+  except ImportError as error:
+    raise types.UserError(
+        f'--workdir={path} needs a package that is not installed ({error}); '
+        "for gs:// install 'longjax[gcs]'.") from error
   return workdir
 
 
@@ -193,7 +234,7 @@ def _parse_flags(
 def _main(parsed: tuple[list[str], list[_Override]]) -> int:
   """Runs the job; returns the exit code."""
   positional, changes = parsed
-  _set_up_logging()
+  log.set_up(is_distributed=_DISTRIBUTED.value)
   try:
     if positional:
       raise types.UserError(
@@ -202,6 +243,8 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
     if _CONFIG.value is None:
       raise types.UserError(
           'no --config=FILE given; for example --config=configs/tiny.py.')
+    if _job(_CONFIG.value, changes) == 'convert':
+      return _convert(changes)
     # Here, because --help and mistakes should not wait for orbax and grain.
     from longjax import recipe
 
@@ -209,7 +252,11 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
     config_flag: Any = flags.FLAGS['config']
     workdir = open_workdir(
         _WORKDIR.value or default_workdir(config_flag.config_filename))
-    return recipe.run(run_config, workdir) or 0
+    if _PLAN.value is not None:
+      return _plan(
+          run_config, _PLAN.value, workdir, config_flag.config_filename)
+    with _all_processes():
+      return recipe.run(run_config, workdir) or 0
   except types.UserError as error:
     _refuse(error)
   except KeyboardInterrupt:
@@ -229,6 +276,68 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
         f'{error.strerror}; free space and run the same command to resume.')
 
 
+def _job(values: Any, changes: Sequence[_Override]) -> str:
+  """What the config file and the overrides ask for."""
+  return dict(changes).get('job', values.get('job', 'recipe'))
+
+
+def _convert(changes: Sequence[_Override]) -> int:
+  """Converts a model; it needs no work directory."""
+  from longjax.train import convert_job
+
+  for flag in (_WORKDIR, _PLAN):
+    if flag.value is not None:
+      raise types.UserError(
+          f'--{flag.name} does not go with job=convert; set --config.source '
+          'and --config.output.')
+  config = build(convert_job.ConvertConfig, _CONFIG.value, changes)
+  with _all_processes():
+    return convert_job.run(config)
+
+
+def _plan(
+    run_config: Any, topology: str, workdir: epath.Path, config_file: str
+) -> int:
+  """Plans the run for a TPU slice."""
+  from longjax.planner import job
+
+  return job.run(
+      run_config.trained(), workdir,
+      job.Options(
+          topology=topology, is_optimized=_PLAN_OPTIMIZE.value,
+          is_searched=_PLAN_SEARCH.value, config_file=config_file),
+      model=run_config.model, init_from=run_config.init_from,
+      mesh=run_config.mesh, compute=run_config.compute)
+
+
+@contextlib.contextmanager
+def _all_processes() -> Iterator[None]:
+  """Connects this process with the others, if there are any."""
+  single = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+  if not _DISTRIBUTED.value:
+    for flag in single:
+      if flag.value is not None:
+        raise types.UserError(f'--{flag.name} goes with --distributed.')
+    yield
+    return
+  import jax
+
+  from longjax.parallel import processes
+
+  processes.start(
+      coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+      heartbeat_timeout=_HEARTBEAT_TIMEOUT.value)
+  try:
+    yield
+  except jax.errors.JaxRuntimeError:
+    # Perhaps only because a connection to a lost process was closed.
+    processes.wait_for_loss(_HEARTBEAT_TIMEOUT.value)
+    raise
+  finally:
+    processes.finish()
+
+
 def _refuse(error: object) -> NoReturn:
   """Prints one line and exits with 2."""
   message = ' '.join(str(error).split())
@@ -245,45 +354,3 @@ def _user_error_within(error: BaseException | None) -> types.UserError | None:
       found = error
     error = error.__cause__ or error.__context__
   return found
-
-
-class _Format(python_logging.Formatter):
-  """Our own news as plain lines, warnings marked as such."""
-
-  def format(self, record: python_logging.LogRecord) -> str:
-    text = super().format(record)
-    if record.levelno >= python_logging.WARNING:
-      return f'longjax: {record.levelname.lower()}: {text}'
-    return text
-
-
-def _report_stray(unraisable: Any) -> None:
-  """Python's unraisablehook, without the echoes of a failed save.
-
-  When one array of a checkpoint cannot be written, Orbax closes its event
-  loop, and TensorStore cannot report the arrays that are still on their way.
-  """
-  if str(unraisable.exc_value) != 'Event loop is closed':
-    sys.__unraisablehook__(unraisable)
-
-
-def _set_up_logging() -> None:
-  """Lets our lines through, and of other libraries only what matters."""
-  handler = logging.get_absl_handler()
-  if logging.get_verbosity() > logging.INFO:
-    return  # --verbosity=1 shows everything, with files and times.
-  handler.setFormatter(_Format())
-  sys.unraisablehook = _report_stray
-  package = str(pathlib.Path(__file__).parent)
-
-  def matters(record: python_logging.LogRecord) -> bool:
-    if record.pathname.startswith(package):
-      return True
-    # Orbax logs every failed save several times over, with tracebacks, and
-    # then raises it: `train.checkpoint` says it in one line.
-    # asyncio says it once more when the failed write is forgotten.
-    is_orbax = (f'{os.sep}orbax{os.sep}' in record.pathname
-                or record.name == 'asyncio')
-    return record.levelno >= python_logging.WARNING and not is_orbax
-
-  handler.addFilter(matters)

@@ -10,6 +10,7 @@ killed run started again ends with the same bits as one that was not.
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +24,13 @@ from longjax import stages as stages_lib
 from longjax import types
 from longjax.evals import report, summary
 from longjax.evals import stage as evals_stage
-from longjax.model import architecture, huggingface, transformer
-from longjax.model import attention as attention_lib
+from longjax.model import architecture, huggingface
+from longjax.model import compute as compute_lib
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
 from longjax.synthesis import stage as synth_stage
-from longjax.train import checkpoint, initial, metrics, run_state
+from longjax.train import checkpoint, initial, metrics, mirror, run_state
 from longjax.train import workdir as workdir_lib
 
 # The final model, in Hugging Face's layout.
@@ -55,8 +56,7 @@ class RunConfig:
     cpu_devices: where there is no accelerator, into how many devices the
       host is split; one a core uses all cores best. 0 leaves it to XLA_FLAGS.
     mesh: devices along each axis.
-    attention: backend, see `model.attention`.
-    remat: what the backward pass recomputes.
+    compute: backends, dtype and remat, see `model.compute`.
     checkpoint_every: steps between checkpoints.
     keep_checkpoints: how many are kept.
     max_skipped_in_a_row: so many non-finite steps in a row stop the run.
@@ -72,8 +72,7 @@ class RunConfig:
   seed: int = 0
   cpu_devices: int = 0
   mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
-  attention: attention_lib.Backend = 'blockwise'
-  remat: transformer.Remat = transformer.Remat.NONE
+  compute: compute_lib.Compute = compute_lib.Compute()
   checkpoint_every: int = 50
   keep_checkpoints: int = 2
   max_skipped_in_a_row: int = 5
@@ -132,7 +131,7 @@ class RunConfig:
 
 def run(
     config: RunConfig,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike[str],
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> int:
@@ -140,7 +139,8 @@ def run(
 
   Args:
     config: what to run.
-    workdir: where; holds all results.
+    workdir: where; holds all results. A directory all processes share, or
+      one on an object store, see `mirror`.
     devices: None means all.
 
   Returns:
@@ -151,45 +151,55 @@ def run(
   """
   if config.cpu_devices and devices is None:  # Before any use of a device.
     mesh_lib.split_cpu(config.cpu_devices)
-  workdir_lib.claim(workdir, config_lib.resolved(config))
-  facts = workdir_lib.Facts(workdir)
-  if facts.is_finished and _is_complete(config, workdir):
+  copy = mirror.Mirror(workdir)
+  multihost.on_primary(lambda: workdir_lib.claim(
+      copy.local, config_lib.resolved(config), name=copy.remote))
+  copy.publish()
+  workdir_lib.check_shared(copy)
+  facts = workdir_lib.Facts(copy.local)
+  if multihost.on_primary(
+      lambda: facts.is_finished and _is_complete(config, copy.local)):
     logging.info(
         '%s holds this run, finished; another one needs another --workdir.',
-        workdir)
-    _show(workdir, is_report_new=True)
+        copy.remote)
+    multihost.on_primary(lambda: _show(copy, is_report_new=True))
+    copy.publish()
     return 0
-  workdir_lib.use_compilation_cache(workdir)
+  workdir_lib.use_compilation_cache(copy.remote)
   rules = rules_lib.Rules(mesh_lib.make(config.mesh, devices))
   facts.describe(rules.mesh.devices, seed=config.seed)
   with checkpoint.StopSignal() as stop, checkpoint.Checkpointer(
-      workdir / 'checkpoints', keep=config.keep_checkpoints) as checkpointer:
-    begin = _begin(config, workdir, rules)
+      copy.remote / 'checkpoints',
+      keep=config.keep_checkpoints) as checkpointer:
+    begin = _begin(config, copy, rules)
     context = run_state.Context(
-        workdir=workdir, seed=config.seed, rules=rules,
+        workdir=copy.local, publish=copy.publish, seed=config.seed, rules=rules,
         tokenizer=begin.tokenizer, model=begin.model,
-        backend=config.attention, remat=config.remat,
+        compute=config.compute,
         checkpoint_every=config.checkpoint_every,
         max_skipped_in_a_row=config.max_skipped_in_a_row,
-        metrics=metrics.MetricsWriter(workdir),
-        rollouts=metrics.RolloutWriter(workdir),
+        metrics=metrics.MetricsWriter(copy.local),
+        rollouts=metrics.RolloutWriter(copy.local),
         checkpointer=checkpointer, stop=stop)
     try:
       for named in config.plan():
         stages_lib.check_mesh(named.stage, context)
       _run_stages(config, context, begin, facts)
     except run_state.Stopped as stopped:
+      stop.settle()
       logging.info(
           '%s: %s; run the same command to resume.', stop.name, stopped)
       with contextlib.suppress(types.UserError):  # The state is saved.
-        if multihost.is_primary():
-          report.write(workdir)
+        multihost.on_primary(lambda: _report(copy))
+      context.close()
+      copy.publish()
       return stop.exit_code
     finally:
       context.close()
   # Neither after an error, which a second one would hide.
   facts.finish()
-  _show(workdir, is_report_new=False)
+  multihost.on_primary(lambda: _show(copy, is_report_new=False))
+  copy.publish()
   return 0
 
 
@@ -218,7 +228,8 @@ def _run_stages(
       with facts.timing(label):
         stages_lib.synthesise(stage, context, config.plan())
     elif isinstance(stage, evals_stage.EvalsStage):
-      if evals_stage.result(context.workdir, label).exists():
+      result = evals_stage.result(context.workdir, label)
+      if multihost.on_primary(result.exists):
         continue
       if params is None:
         logging.warning('evals/%s.json is gone and cannot be made again: '
@@ -242,11 +253,12 @@ def _run_stages(
         params = functools.partial(getattr, state.train, 'params')
   context.checkpointer.wait()
   directory = context.workdir / MODEL_FOLDER
-  if config.export and trained and params and not directory.exists():
+  if config.export and trained and params and not multihost.on_primary(
+      directory.exists):
     huggingface.save(
         directory, params(), context.model,
-        tokenizer_directory=begin.tokenizer_directory,
-        stop_id=context.tokenizer.stop_id, pad_id=context.tokenizer.pad_id)
+        source=begin.tokenizer_directory,
+        stop_id=context.tokenizer.stop_ids[0], pad_id=context.tokenizer.pad_id)
 
 
 def _restore(
@@ -269,7 +281,7 @@ def _restore(
 
 
 def _begin(
-    config: RunConfig, workdir: pathlib.Path, rules: rules_lib.Rules
+    config: RunConfig, copy: mirror.Mirror, rules: rules_lib.Rules
 ) -> initial.Initial:
   """Base model or fresh network."""
   if config.init_from:
@@ -279,10 +291,10 @@ def _begin(
            if isinstance(n.stage, synth_stage.SynthStage)]
   return initial.from_scratch(
       config.model, initialization=config.initialization,
-      seed=config.seed, directory=workdir / 'tokenizer',
+      seed=config.seed, directory=copy.local / 'tokenizer',
       texts=lambda: synth_stage.tokenizer_texts(
           synth[0] if synth else None, seed=config.seed),
-      rules=rules)
+      rules=rules, publish=copy.publish)
 
 
 def _is_complete(config: RunConfig, workdir: pathlib.Path) -> bool:
@@ -294,12 +306,14 @@ def _is_complete(config: RunConfig, workdir: pathlib.Path) -> bool:
   return all(result.exists() for result in results)
 
 
-def _show(workdir: pathlib.Path, *, is_report_new: bool) -> None:
+def _report(copy: mirror.Mirror) -> None:
+  name = mirror.absolute(copy.remote).name
+  report.write(copy.local, title=f'longjax run: {name}')
+
+
+def _show(copy: mirror.Mirror, *, is_report_new: bool) -> None:
   """The table and where the report is."""
-  if not multihost.is_primary():
-    return
-  path = workdir / report.REPORT_FILE
-  if not is_report_new or not path.exists():
-    report.write(workdir)
-  summary.show(workdir, sys.stderr)
-  logging.info('Report: %s', path)
+  if not is_report_new or not (copy.local / report.REPORT_FILE).exists():
+    _report(copy)
+  summary.show(copy.local, sys.stderr)
+  logging.info('Report: %s', copy.remote / report.REPORT_FILE)

@@ -9,6 +9,7 @@ from absl import logging
 from longjax import types
 from longjax.data import dataset
 from longjax.evals import stage as evals_stage
+from longjax.parallel import multihost
 from longjax.reward import hybrid
 from longjax.synthesis import stage as synth_stage
 from longjax.train import optimizer as optimizer_lib
@@ -67,7 +68,12 @@ def caps(plan: Sequence[Named]) -> list[synth_stage.Cap]:
 
 
 def check_plan(plan: Sequence[Named]) -> None:
-  """Refuses stages that train twice, or read what none before them writes."""
+  """Refuses stages that cannot follow each other in one run.
+
+  Raises:
+    UserError: a stage trains twice or reads what none before it writes, or
+      checkpoints of different stages would have different forms.
+  """
   written: list[str] = []
   names = [named.name for named in plan]
   writers = [
@@ -76,6 +82,12 @@ def check_plan(plan: Sequence[Named]) -> None:
     raise types.UserError(
         f'recipe runs the synth stages {", ".join(writers)}; a run has one '
         'data set, so use one of them with all splits.')
+  moments = {n.name: str(n.stage.optimizer.moments) for n in plan
+             if isinstance(n.stage, Training)}
+  if len(set(moments.values())) > 1:
+    raise types.UserError(
+        f'optimizer.moments differ between stages ({moments}); all '
+        'stages of a run share the form of their checkpoints, so set one.')
   for named in plan:
     if isinstance(named.stage, Training) and names.count(named.name) > 1:
       raise types.UserError(
@@ -135,12 +147,22 @@ def synthesise(
 ) -> None:
   """Writes the data set once, and checks that `plan` can use it."""
   directory = context.workdir / DATA_FOLDER
-  if not dataset.is_complete(directory):
-    synth_stage.run(
-        stage, directory=directory, seed=context.seed,
-        tokenizer=context.tokenizer, caps=caps(plan),
-        progress=progress.Progress, log=logging.warning,
-        check_stop=lambda: context.check_stop('during synth'))
+
+  def check_stop() -> None:
+    if context.stop:
+      raise run_state.Stopped('stopped during synth')
+
+  def write_once() -> None:
+    if not dataset.is_complete(directory):
+      synth_stage.run(
+          stage, directory=directory, seed=context.seed,
+          tokenizer=context.tokenizer, caps=caps(plan),
+          progress=progress.Progress, log=logging.warning,
+          check_stop=check_stop)
+
+  multihost.on_primary(
+      write_once, errors=(types.UserError, run_state.Stopped))
+  context.publish()
   for named in plan:
     if isinstance(named.stage, rl_stage.RlStage):
       num_prompts, split = named.stage.num_prompts, named.stage.split
@@ -164,6 +186,7 @@ def evaluate(
       examples={s: dataset.read(context.workdir / DATA_FOLDER, s)
                 for s in stage.splits},
       score=hybrid.score, model=context.model, tokenizer=context.tokenizer,
-      rules=context.rules, backend=context.backend, seed=context.seed,
+      rules=context.rules, compute=context.compute, seed=context.seed,
       workdir=context.workdir, progress=progress.Progress,
       check_stop=lambda: context.check_stop(f'during evaluation {label}'))
+  context.publish()

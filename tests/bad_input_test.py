@@ -17,7 +17,7 @@ import pytest
 
 from longjax import config as config_lib
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.model import architecture, huggingface, transformer
+from longjax.model import architecture, huggingface, parameters
 from longjax.train import manifest
 from tests import tiny_recipe
 
@@ -97,6 +97,17 @@ MISTAKES = {
     'evaluations that do not divide over the mesh':
         ('conf.py --config.stages.evals.prompts_per_batch=12',
          'evals.prompts_per_batch=12 does not divide over the 8 data shards'),
+    'rows of training that cannot be split over seq':
+        ('conf.py --config.mesh.data=2 --config.mesh.seq=4 '
+         '--config.stages.rl.row_len=330',
+         'rl.row_len=330 cannot be split over mesh.seq=4; use a multiple of 4'),
+    'demonstrations that cannot be split over seq':
+        ('conf.py --config.mesh.data=2 --config.mesh.seq=4 '
+         '--config.stages.sft.row_len=330', 'row_len=330 cannot be split'),
+    'prompts of an evaluation that cannot be split over seq':
+        ('conf.py --config.mesh.data=2 --config.mesh.seq=4 '
+         '--config.stages.evals.lengths=(64,330)',
+         'evals.lengths=330 cannot be split'),
     'a mesh of more devices than there are':
         ('conf.py --config.mesh.data=3', 'mesh (data=3, '),
     'a prompt longer than the cap':
@@ -180,8 +191,8 @@ def base_model(directory: pathlib.Path) -> None:
       vocab_size=tokenizer.vocab_size, embed_dim=16, ffn_dim=16, num_layers=1,
       num_heads=2, num_kv_heads=1, head_dim=8)
   huggingface.save(
-      directory / 'base', transformer.init(model, jax.random.key(0)), model,
-      tokenizer_directory=directory / 'tokenizer')
+      directory / 'base', parameters.init(model, jax.random.key(0)), model,
+      source=directory / 'tokenizer')
   for name in ('damaged', 'misconfigured', 'mute'):
     shutil.copytree(directory / 'base', directory / name)
   tensors = directory / 'damaged' / 'model.safetensors'

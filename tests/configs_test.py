@@ -21,7 +21,7 @@ from longjax import config, recipe, rows, stages, types
 from longjax.model import huggingface_config
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import rules as rules_lib
-from longjax.train import initial, rl_job, rl_stage, sft_job
+from longjax.train import convert_job, initial, rl_job, rl_stage, sft_job
 from longjax.train import state as state_lib
 from longjax.train import step as step_lib
 
@@ -49,9 +49,13 @@ def name(case: tuple[pathlib.Path, str]) -> str:
   return f'{path.stem}-{variant}' if variant else path.stem
 
 
-def build(path: pathlib.Path, variant: str) -> recipe.RunConfig:
+def build(
+    path: pathlib.Path, variant: str
+) -> recipe.RunConfig | convert_job.ConvertConfig:
   values = load(path).get_config(*([variant] if variant else []))
-  return config.build(recipe.RunConfig, values, 'config')
+  made = (convert_job.ConvertConfig if values.get('job') == 'convert'
+          else recipe.RunConfig)
+  return config.build(made, values, 'config')
 
 
 def resolved_text(path: pathlib.Path, variant: str) -> str:
@@ -62,12 +66,12 @@ def resolved_text(path: pathlib.Path, variant: str) -> str:
 
 
 @functools.cache  # Variants share stages.
-def trace_update(model, stage, backend, remat):
+def trace_update(model, stage, compute):
   """Shape-evaluates one optimizer step; the states before and after."""
   rules = rules_lib.Rules(
       mesh_lib.make(mesh_lib.MeshConfig(), jax.devices()[:1]))
   context = python_types.SimpleNamespace(
-      model=model, rules=rules, backend=backend, remat=remat)
+      model=model, rules=rules, compute=compute)
   optimizer = stages.optimizer(stage)
 
   def f32(*shape):
@@ -86,7 +90,8 @@ def trace_update(model, stage, backend, remat):
     num_rows, extras = stage.num_rows, {'num_tokens': f32()}
   update = step_lib.make_update(
       loss, optimizer, config=model, rules=rules,
-      num_microbatches=stage.num_microbatches)
+      num_microbatches=stage.num_microbatches,
+      rows_at_once=0 if stage.num_microbatches else stage.row_multiple)
   before = state_lib.abstract(model, optimizer, rules)
   after, metrics = jax.eval_shape(
       update, before, rows.empty(num_rows, stage.row_len), extras, True)
@@ -111,10 +116,12 @@ def test_resolved_values_are_those_last_reviewed(case):
 @pytest.mark.parametrize('case', cases(), ids=name)
 def test_every_training_stage_can_be_traced(case):
   built = build(*case)
+  if isinstance(built, convert_job.ConvertConfig):
+    return  # It trains nothing.
   model = built.model or huggingface_config.load(initial.find(built.init_from))
   assert built.trained()
   for _, stage in built.trained():
-    before, after = trace_update(model, stage, built.attention, built.remat)
+    before, after = trace_update(model, stage, built.compute)
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
 
 

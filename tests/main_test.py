@@ -119,6 +119,13 @@ MISTAKES = {
     ('--config=module.py',):
         'the file given as --config does not define get_config(); see '
         'configs/tiny.py for one that does.',
+    ('--config=conf.py', '--process_id=1'):
+        '--process_id goes with --distributed.',
+    ('--config=conf.py', '--distributed'):
+        '--distributed: the processes do not find each other '
+        '(coordinator_address should be defined.); on Cloud TPU, Slurm and '
+        'Kubernetes nothing need be said, elsewhere give '
+        '--coordinator=HOST:PORT, --num_processes and --process_id.',
     ('--config=plain.py:fast',):
         'the file given as --config has no variants; leave out what stands '
         'behind its colon.',
@@ -188,8 +195,8 @@ def test_help_goes_to_standard_output(outcomes):
 
 def test_usage_names_every_job_and_fits_the_screen():
   for word in (
-      'recipe', 'synth', 'pretrain', 'sft', 'rl', 'evals', '--config',
-      '--workdir'):
+      'recipe', 'synth', 'pretrain', 'sft', 'rl', 'evals', 'convert',
+      '--config', '--workdir'):
     assert word in main.USAGE
   assert max(map(len, main.USAGE.splitlines())) <= 80
 

@@ -304,6 +304,8 @@ def test_labels_number_evaluations_and_name_what_they_evaluate():
      'synth stages synth, other; a run has one data set'),
     ({'stages.sft.reasoning_fraction': 2.0}, 'reasoning_fraction=2.0'),
     ({'stages.sft.lookahead': 0}, 'lookahead=0'),
+    ({'stages.sft.optimizer': {'learning_rate': 1e-3, 'moments': 'factored'}},
+     'moments differ'),
     ({'stages.pretrain.text': {'min_len': 400}},
      'text.min_len=400 is more than row_len=384'),
     ({'stages.evals.splits': ('validation',)}, "'validation'"),

@@ -20,7 +20,7 @@ import zlib
 from longjax import main, recipe, stages, types
 from longjax.data import records
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.model import huggingface_config
+from longjax.model import huggingface
 from longjax.reward import hybrid
 from longjax.rollout import engine
 from longjax.synthesis import pipeline
@@ -131,7 +131,7 @@ def install(attempt):
   trigger.after(checkpoint.Checkpointer, 'save', 'saving')
   trigger.before(manifest, 'write', 'manifest')
   trigger.before(records.os, 'replace', 'replace')
-  trigger.after(huggingface_config, 'copy_tokenizer', 'export')
+  trigger.after(huggingface, '_write_small_files', 'export')
   torn_append(trigger)
   make_update = step.make_update
 

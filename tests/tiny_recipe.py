@@ -23,7 +23,7 @@ _VALUES: dict[str, Any] = {
         'vocab_size': 400, 'embed_dim': 32, 'ffn_dim': 48, 'num_layers': 2,
         'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 16,
         'rope_theta': 1e4},
-    'attention': 'reference',
+    'compute': {'attention': 'reference'},
     'checkpoint_every': 2,
     'stages': {
         'synth': {'job': 'synth', 'examples': {

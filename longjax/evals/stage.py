@@ -11,7 +11,9 @@ from longjax import types
 from longjax.data import prompts
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.evals import runner
-from longjax.model import architecture, attention
+from longjax.model import architecture
+from longjax.model import compute as compute_lib
+from longjax.parallel import multihost, token_order
 from longjax.parallel import rules as rules_lib
 from longjax.rollout import decode, engine
 
@@ -59,7 +61,9 @@ def result(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def check(stage: EvalsStage, rules: rules_lib.Rules) -> None:
-  """Refuses batches that do not divide over the mesh."""
+  """Refuses batches and lengths that do not divide over the mesh."""
+  for length in stage.lengths:
+    token_order.check_len('evals.lengths', length, rules.size('seq'))
   shards = rules.size('batch')
   if stage.prompts_per_batch % shards:
     raise types.UserError(
@@ -78,7 +82,7 @@ def run(
     model: architecture.ModelConfig,
     tokenizer: tokenizer_lib.Tokenizer,
     rules: rules_lib.Rules,
-    backend: attention.Backend,
+    compute: compute_lib.Compute,
     seed: int,
     workdir: pathlib.Path,
     progress: Callable[..., Any],
@@ -98,7 +102,7 @@ def run(
     model: sizes of the network.
     tokenizer: of the model.
     rules: logical axes to mesh axes.
-    backend: attention backend.
+    compute: backends and dtype.
     seed: of the samples.
     workdir: of the run.
     progress: `train.progress.Progress` or alike.
@@ -109,7 +113,7 @@ def run(
       engine=engine.EngineConfig(
           prompt_buckets=stage.lengths,
           prompts_per_batch=stage.prompts_per_batch),
-      stop_ids=(tokenizer.stop_id,), rules=rules, backend=backend)
+      stop_ids=tokenizer.stop_ids, rules=rules, compute=compute)
   key = jax.random.fold_in(jax.random.key(seed), 0xE7A1)
 
   def generate(batch, num_samples):
@@ -134,8 +138,12 @@ def run(
         generate, score, runner.by_length(asked, stage.lengths),
         num_samples=stage.num_samples, batch_size=stage.prompts_per_batch,
         on_batch=on_batch)
-  runner.save(
-      workdir, name, results, seed=seed, facts={
-          'splits': list(stage.splits), 'num_samples': stage.num_samples,
-          'temperature': stage.sampler.temperature,
-          'top_p': stage.sampler.top_p})
+
+  def save() -> None:
+    runner.save(
+        workdir, name, results, seed=seed, facts={
+            'splits': list(stage.splits), 'num_samples': stage.num_samples,
+            'temperature': stage.sampler.temperature,
+            'top_p': stage.sampler.top_p})
+
+  multihost.on_primary(save)

@@ -3,7 +3,8 @@
 A step's directory is written by Orbax under a temporary name. When every file
 is there, a manifest of their sizes and CRCs is added, and then the directory
 is renamed: what carries its final name is complete, and a file truncated or
-altered later is found by its CRC.
+altered later is found by its CRC. On an object store (gs://...) nothing can be
+renamed; there a step counts once Orbax has added its commit file.
 
   with checkpoint.Checkpointer(workdir / 'checkpoints') as checkpoints:
     restored = checkpoints.restore_latest(abstract_state)
@@ -11,12 +12,11 @@ altered later is found by its CRC.
     checkpoints.save(step, state, {'stage': 'rl'})
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
-import pathlib
 import re
-import shutil
 import signal
 import types as python_types
 from typing import Any
@@ -29,9 +29,10 @@ from absl import logging
 
 from longjax import types
 from longjax.parallel import multihost
-from longjax.train import manifest
+from longjax.train import manifest, mirror
 
 _TMP_INFIX = '.orbax-checkpoint-tmp'
+_COMMIT_FILE = 'commit_success.txt'
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM,
     errno.EROFS, errno.EIO)
@@ -62,7 +63,7 @@ class Checkpointer:
     """Opens or makes the directory.
 
     Args:
-      directory: holds one subdirectory per step.
+      directory: holds one subdirectory per step; may be a URL.
       keep: newest checkpoints kept; at least 2, so that one remains when the
         newest turns out to be damaged.
     """
@@ -70,7 +71,7 @@ class Checkpointer:
       raise types.UserError(
           f'keep={keep} checkpoints would leave none if one is damaged; keep '
           'at least 2.')
-    self._directory = pathlib.Path(directory).absolute()
+    self._directory = mirror.absolute(directory)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         cleanup_tmp_directories=True,
@@ -140,10 +141,12 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """Numbers of the checkpoints present, damaged ones too, ascending."""
+    is_remote = mirror.is_remote(self._directory)
     return sorted(
         int(path.name)
         for path in self._directory.iterdir()
-        if path.name.isdecimal() and path.is_dir())
+        if path.name.isdecimal() and path.is_dir()
+        and (not is_remote or (path / _COMMIT_FILE).exists()))
 
   def restore(self, step: int, abstract_tree: chex.ArrayTree) -> Restored:
     """Reads one checkpoint.
@@ -156,10 +159,14 @@ class Checkpointer:
     Raises:
       UserError: it is absent or damaged.
     """
-    problem = manifest.damage(self._directory / str(step))
+    problem = multihost.on_primary(
+        lambda: manifest.damage(self._directory / str(step)))
     if problem:
       raise types.UserError(
           f'checkpoint {self._directory / str(step)} is damaged: {problem}.')
+    return self._restore(step, abstract_tree)
+
+  def _restore(self, step: int, abstract_tree: chex.ArrayTree) -> Restored:
     items = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -173,18 +180,22 @@ class Checkpointer:
     Newer ones that are damaged are named in a warning and deleted: the run
     will come by their steps again.
     """
+    step = multihost.on_primary(self._newest_undamaged)
+    self._manager.reload()
+    return None if step is None else self._restore(step, abstract_tree)
+
+  def _newest_undamaged(self) -> int | None:
+    """Its number; those after it are deleted."""
     steps = self.steps()
     for step in reversed(steps):
       problem = manifest.damage(self._directory / str(step))
       if not problem:
-        return self.restore(step, abstract_tree)
+        return step
       logging.warning(
           'Checkpoint %s is damaged (%s); %s.', self._directory / str(step),
           problem, 'using the one before it' if step > steps[0] else
           'there is none before it, so training begins again')
-      if multihost.is_primary():
-        shutil.rmtree(self._directory / str(step))
-      self._manager.reload()
+      (self._directory / str(step)).rmtree()
     return None
 
   def _write_manifest(self) -> None:
@@ -192,6 +203,8 @@ class Checkpointer:
     if not multihost.is_primary():
       return
     paths = list(self._directory.glob(f'{self._saving}{_TMP_INFIX}*'))
+    if mirror.is_remote(self._directory):
+      paths = [self._directory / str(self._saving)]
     assert paths, f'no temporary directory of step {self._saving}'
     for path in paths:
       manifest.write(path)
@@ -203,8 +216,9 @@ class Checkpointer:
     if reason is None:
       raise error
     if multihost.is_primary():
-      for path in self._directory.glob(f'*{_TMP_INFIX}*'):
-        shutil.rmtree(path, ignore_errors=True)
+      with contextlib.suppress(OSError):
+        for path in self._directory.glob(f'*{_TMP_INFIX}*'):
+          path.rmtree(missing_ok=True)
     raise types.UserError(
         f'cannot save checkpoint {self._directory / str(step)}: {reason}; free '
         'space and run the same command to resume.') from error
@@ -224,6 +238,7 @@ class StopSignal:
   def __init__(self) -> None:
     self.number: int | None = None
     self._previous: dict[int, Any] = {}
+    self._asked: jax.Array | None = None
 
   def __enter__(self) -> 'StopSignal':
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -236,6 +251,22 @@ class StopSignal:
 
   def __bool__(self) -> bool:
     return self.number is not None
+
+  def agree(self) -> bool:
+    """Whether a signal came, with the same answer in all processes.
+
+    A signal may reach one of them only. All call this at the same places;
+    with several processes the answer is what was known at the call before,
+    so that nobody waits for the devices.
+    """
+    if jax.process_count() == 1:
+      return bool(self)
+    asked, self._asked = self._asked, multihost.maximum(self.number or 0)
+    return asked is not None and int(asked) > 0
+
+  def settle(self) -> None:
+    """Gives all processes, stopped together, the signal that stopped them."""
+    self.number = int(multihost.maximum(self.number or 0)) or None
 
   @property
   def name(self) -> str:

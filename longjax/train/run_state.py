@@ -26,7 +26,9 @@ from flax import struct
 
 from longjax import types
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.model import architecture, attention, transformer
+from longjax.model import architecture
+from longjax.model import compute as compute_lib
+from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
 from longjax.rl import entropy_control
 from longjax.train import checkpoint, progress
@@ -52,13 +54,13 @@ class Context:
   """What stays the same while a run goes on.
 
   Attributes:
-    workdir: everything the run leaves behind.
+    workdir: everything the run leaves behind but its checkpoints.
+    publish: brings `workdir` to the store it is a copy of, see `mirror`.
     seed: of all randomness.
     rules: mesh, and logical axes to mesh axes.
     tokenizer: of the model.
     model: sizes of the network.
-    backend: attention backend.
-    remat: what the backward pass recomputes.
+    compute: backends, dtype, remat.
     checkpoint_every: steps between checkpoints.
     max_skipped_in_a_row: so many non-finite steps in a row stop the run.
     metrics: writes numbers.
@@ -68,12 +70,12 @@ class Context:
   """
 
   workdir: pathlib.Path
+  publish: Callable[[], None] = lambda: None
   seed: int
   rules: rules_lib.Rules
   tokenizer: tokenizer_lib.Tokenizer
   model: architecture.ModelConfig
-  backend: attention.Backend
-  remat: transformer.Remat
+  compute: compute_lib.Compute
   checkpoint_every: int
   max_skipped_in_a_row: int
   metrics: metrics_lib.MetricsWriter
@@ -87,8 +89,11 @@ class Context:
         jax.random.key(self.seed), zlib.crc32(stage.encode()))
 
   def check_stop(self, where: str) -> None:
-    """Raises `Stopped` if a signal came, where there is nothing to save."""
-    if self.stop:
+    """Raises `Stopped` if a signal came, where there is nothing to save.
+
+    All processes call it at the same places.
+    """
+    if self.stop.agree():
       raise Stopped(f'stopped {where}')
 
   def close(self) -> None:
@@ -130,7 +135,7 @@ def fresh(
   """The state at the start of a stage: given parameters, all else reset."""
   return RunState(
       train=state_lib.create(params, context.model, optimizer, context.rules),
-      aepo=jax.device_put(entropy_control.init(), context.rules.sharding()))
+      aepo=multihost.put(entropy_control.init(), context.rules.sharding()))
 
 
 def abstract(
@@ -210,7 +215,7 @@ def run_stage(
           global_step=global_step, data=data_state())
       recorder.add(place, result)
       is_last = place.stage_step == num_steps
-      is_stopped = bool(context.stop)
+      is_stopped = context.stop.agree()
       if is_last or is_stopped or (
           place.stage_step % context.checkpoint_every == 0):
         recorder.flush(0)
@@ -268,6 +273,7 @@ class _Recorder:
 
 def save(context: Context, state: RunState, place: Place) -> None:
   """Begins to write a checkpoint; training goes on meanwhile."""
+  context.publish()  # Records that a checkpoint covers are stored before it.
   context.checkpointer.save(
       place.global_step, state, dataclasses.asdict(place))
 

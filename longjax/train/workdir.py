@@ -7,6 +7,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import platform
 import sys
@@ -24,7 +25,7 @@ from longjax import config as config_lib
 from longjax import types
 from longjax.data import records
 from longjax.parallel import multihost
-from longjax.train import run_state
+from longjax.train import mirror, run_state
 
 CONFIG_FILE = 'config.json'
 FACTS_FILE = 'run.json'
@@ -36,42 +37,57 @@ RESULTS = (
 _PACKAGES = ('jax', 'jaxlib', 'longjax')
 
 
-def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+def claim(
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    *,
+    name: str | os.PathLike[str] | None = None,
+) -> None:
   """Writes config.json, or refuses the work directory of another config.
 
   Where a run has left nothing yet, as after a mistake in its config, the new
   config simply takes its place. A directory of something else is refused.
 
   Args:
-    workdir: of the run.
+    workdir: of the run; the primary process calls this.
     config: resolved, see `config.resolved`.
+    name: what the user calls the directory, if it is a copy.
 
   Raises:
     UserError: the directory holds a run of another config, whose fields are
       named, or something that is no run.
   """
+  name = workdir if name is None else name
   path = workdir / CONFIG_FILE
   results = _results(workdir)
   if not path.exists() and results:
     raise types.UserError(
-        f'--workdir={workdir} holds {", ".join(results)} but no '
+        f'--workdir={name} holds {", ".join(results)} but no '
         f'{CONFIG_FILE} that says of which run; use another --workdir.')
   there = _read(path) if path.exists() else config
   if not {'recipe', 'stages'} <= there.keys():
     # A model's, perhaps.
     raise types.UserError(
-        f'{path} is no config of a run; use another --workdir.')
+        f'{name}/{CONFIG_FILE} is no config of a run; use '
+        'another --workdir.')
   if not results:
-    if multihost.is_primary():
-      records.write_text(path, json.dumps(config, indent=1))
+    records.write_text(path, json.dumps(config, indent=1))
     return
   changed = config_lib.differences(there, config)
   if changed:
     more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
     raise types.UserError(
-        f'--workdir={workdir} holds a run of a different config: '
+        f'--workdir={name} holds a run of a different config: '
         f'{"; ".join(changed[:3])}{more}. Use another --workdir, or the same '
         'config to resume.')
+
+
+def check_shared(copy: mirror.Mirror) -> None:
+  """Raises UserError unless this process sees what the primary one wrote."""
+  if not (copy.local / CONFIG_FILE).exists():
+    raise types.UserError(
+        f'--workdir={copy.remote} is not the same directory in all processes; '
+        'give one on a file system they share, or gs://BUCKET/DIR.')
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -91,7 +107,7 @@ def _results(workdir: pathlib.Path) -> list[str]:
       if (workdir / name).is_file() or any((workdir / name).glob('*'))]
 
 
-def use_compilation_cache(workdir: pathlib.Path) -> None:
+def use_compilation_cache(workdir: str | os.PathLike[str]) -> None:
   """Keeps compiled programs in the work directory: restarts compile nothing.
 
   A directory that jax was given otherwise (JAX_COMPILATION_CACHE_DIR) is left
@@ -101,8 +117,8 @@ def use_compilation_cache(workdir: pathlib.Path) -> None:
   if directory and pathlib.Path(directory).name != COMPILED_FOLDER:
     return
   compilation_cache.reset_cache()  # Of another run of this process.
-  jax.config.update(
-      'jax_compilation_cache_dir', str(workdir.absolute() / COMPILED_FOLDER))
+  folder = mirror.absolute(workdir) / COMPILED_FOLDER
+  jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   # Of a full disk or a killed process. It costs a compilation, nothing else.
   warnings.filterwarnings(

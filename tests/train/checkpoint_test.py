@@ -357,3 +357,18 @@ def test_one_interrupt_asks_for_a_stop_without_aborting():
     time.sleep(0.01)
     assert stop
     assert stop.exit_code == 130
+
+
+def test_processes_agree_to_stop_at_the_same_place(monkeypatch):
+  """The answer is that of the call before, of whichever process was told."""
+  with checkpoint.StopSignal() as stop:
+    assert not stop.agree()
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    others = iter([0, 0, 15, 0, 15])
+    monkeypatch.setattr(
+        checkpoint.multihost, 'maximum',
+        lambda value: jnp.int32(max(value, next(others))))
+    assert [stop.agree() for _ in range(4)] == [False, False, False, True]
+    assert stop.exit_code == 0
+    stop.settle()
+    assert stop.name == 'SIGTERM' and stop.exit_code == 143

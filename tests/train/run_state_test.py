@@ -36,7 +36,7 @@ class Stop:
   def __init__(self):
     self.is_set = False
 
-  def __bool__(self):
+  def agree(self):
     return self.is_set
 
 
@@ -95,7 +95,8 @@ def run(tmp_path):
   context = python_types.SimpleNamespace(
       workdir=tmp_path, checkpoint_every=3, max_skipped_in_a_row=2,
       metrics=metrics.MetricsWriter(tmp_path),
-      checkpointer=FakeCheckpointer(tmp_path), stop=Stop())
+      checkpointer=FakeCheckpointer(tmp_path), stop=Stop(),
+      publish=lambda: None)
   return Run(context, [])
 
 
