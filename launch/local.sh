@@ -19,5 +19,9 @@ for argument in "$@"; do
     --config | --config=* | -config | -config=*) config=() ;;
   esac
 done
+# libtpu, there for tests, would look for a TPU at length.
+if [[ -z ${JAX_PLATFORMS:-} && $(find_platform) == cpu ]]; then
+  export JAX_PLATFORMS=cpu
+fi
 # ${config[@]+...}: bash 3.2 (macOS) takes an empty array for an unset one.
 exec "$python" -m longjax ${config[@]+"${config[@]}"} "$@"

@@ -1,0 +1,283 @@
+"""The programs of a stage, lowered from shapes alone and compiled for a slice.
+
+They are the ones that training runs: `step.make_update`, `step.make_score` and
+the sampler `decode.generate`, whose prefill is also compiled apart. Arguments
+are shapes with shardings; there is no array and no device.
+
+P prompts, G samples per prompt, S prompt tokens, R response tokens, B rows, T
+tokens of a row, N = P * G responses.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+import time
+import types as python_types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from longjax import rows, types
+from longjax.model import architecture
+from longjax.model import compute as compute_lib
+from longjax.parallel import rules as rules_lib
+from longjax.planner import workload
+from longjax.rollout import decode as decode_lib
+from longjax.train import optimizer as optimizer_lib
+from longjax.train import rl_job, rl_stage, sft_job
+from longjax.train import state as state_lib
+from longjax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+  """What the compiler says of a program; bytes are those of one device.
+
+  Attributes:
+    arguments: bytes of arguments.
+    outputs: bytes of results that do not take an argument's place.
+    temporaries: bytes in between.
+    peak: bytes at the worst moment.
+    host: bytes of temporaries in host memory.
+    beside: bytes of state that wait on the device meanwhile.
+    seconds: of compilation, lowering included.
+    cpu_seconds: the same of all cores together.
+    error: why there is no program. `temporaries` is then what the compiler says
+      they would take, 0 if it does not say, and `peak` 0.
+  """
+
+  arguments: int = 0
+  outputs: int = 0
+  temporaries: int = 0
+  peak: int = 0
+  host: int = 0
+  beside: int = 0
+  seconds: float = 0.0
+  cpu_seconds: float = 0.0
+  error: str = ''
+
+  @property
+  def needed(self) -> int:
+    """Bytes at the worst moment, with what waits on the device meanwhile.
+
+    0 if the program was refused and the compiler does not say why.
+    """
+    if not self.error:
+      return self.peak + self.beside
+    if not self.temporaries:
+      return 0
+    return self.arguments + self.temporaries + self.beside
+
+
+# A jitted function and the shapes of its arguments.
+Program = tuple[Any, tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+  """What the programs of a stage are compiled for."""
+
+  stage: workload.Stage
+  model: architecture.ModelConfig
+  rules: rules_lib.Rules
+  compute: compute_lib.Compute
+
+  @property
+  def context(self) -> Any:
+    """The part of `run_state.Context` that losses read."""
+    return python_types.SimpleNamespace(
+        model=self.model, rules=self.rules, compute=self.compute)
+
+  def array(self, shape: tuple[int, ...], dtype: Any, *logical: str | None):
+    """An argument, placed as training places it."""
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=self.rules.sharding(*logical))
+
+  def rows(self, num_rows: int) -> rows.Rows:
+    """Rows [B, T]."""
+    shape = (num_rows, self.stage.row_len)
+    made = jax.tree.map(
+        lambda x: self.array(shape, x.dtype, 'batch', 'seq'), rows.empty(1, 1))
+    if getattr(self.stage, 'replay_experts', False):
+      assert self.model.moe is not None
+      made = made.replace(expert_ids=self.array(
+          (*shape, self.model.num_layers, self.model.moe.num_active),
+          jnp.uint8, 'batch', 'seq', None, None))
+    return made
+
+
+def optimizer(stage: workload.Stage) -> optax.GradientTransformation:
+  """Of a stage; its schedule changes neither shapes nor speed."""
+  return optimizer_lib.make(stage.optimizer, num_steps=stage.steps)
+
+
+def update(shapes: Shapes) -> Program:
+  """One optimizer step."""
+  stage = shapes.stage
+  made = workload.layout(stage)
+  loss: Any
+  if isinstance(stage, rl_stage.RlStage):
+    num_responses = stage.num_prompts * stage.num_samples
+    by_token = shapes.array(
+        (num_responses, stage.sampler.max_response_len), jnp.float32)
+    extras = {
+        'advantages': shapes.array((num_responses,), jnp.float32),
+        'token_weights': by_token, 'sampler_logprobs': by_token}
+    if stage.loss.objective == 'off_policy':
+      extras['old_logprobs'] = by_token
+    loss = functools.partial(
+        rl_job.loss, stage=stage, context=shapes.context)
+  else:
+    loss = functools.partial(sft_job.loss, context=shapes.context)
+    extras = {'num_tokens': shapes.array((), jnp.float32)}
+  gradient_transformation = optimizer(stage)
+  jitted = step_lib.make_update(
+      loss, gradient_transformation, config=shapes.model, rules=shapes.rules,
+      rows_at_once=made.rows_at_once)
+  state = state_lib.abstract(
+      shapes.model, gradient_transformation, shapes.rules)
+  is_applied = shapes.array((), jnp.bool_)
+  return jitted, (state, shapes.rows(made.num_rows), extras, is_applied)
+
+
+def score(shapes: Shapes) -> Program:
+  """Log-probabilities and entropies of a whole batch."""
+  stage = shapes.stage
+  assert isinstance(stage, rl_stage.RlStage)
+  made = workload.layout(dataclasses.replace(stage, num_minibatches=1))
+  jitted = step_lib.make_score(
+      config=shapes.model, temperature=stage.sampler.temperature,
+      rules=shapes.rules, compute=shapes.compute,
+      rows_at_once=0 if stage.num_microbatches else stage.row_multiple)
+  return jitted, (_params(shapes), shapes.rows(made.num_rows))
+
+
+def prefill(shapes: Shapes) -> Program:
+  """The first part of the sampler."""
+  function = functools.partial(
+      decode_lib.prefill, config=shapes.model, rules=shapes.rules,
+      compute=shapes.compute)
+  return jax.jit(function), (_params(shapes), _prompts(shapes))
+
+
+def decode(shapes: Shapes) -> Program:
+  """The whole sampler: prefill and the loop that decodes, one program."""
+  stage = shapes.stage
+  assert isinstance(stage, rl_stage.RlStage)
+  function = functools.partial(
+      decode_lib.generate, num_samples=stage.num_samples, stop_ids=(0, 1),
+      sampler=stage.sampler, config=shapes.model, rules=shapes.rules,
+      compute=shapes.compute, record_experts=stage.replay_experts)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.jit(function), (
+      _params(shapes), _prompts(shapes), shapes.array(key.shape, key.dtype))
+
+
+PROGRAMS: dict[str, Callable[[Shapes], Program]] = {
+    'prefill': prefill,
+    'decode': decode,
+    'score': score,
+    'update': update,
+}
+
+
+def names(stage: workload.Stage) -> tuple[workload.Name, ...]:
+  """The programs of a stage, in the order a step runs them."""
+  if not isinstance(stage, rl_stage.RlStage):
+    return ('update',)
+  if stage.entropy_source == 'sampler':
+    return ('prefill', 'decode', 'update')
+  return ('prefill', 'decode', 'score', 'update')
+
+
+def _params(shapes: Shapes) -> types.Params:
+  return state_lib.abstract(
+      shapes.model, optimizer(shapes.stage), shapes.rules).params
+
+
+def _prompts(shapes: Shapes) -> decode_lib.PromptBatch:
+  stage = shapes.stage
+  assert isinstance(stage, rl_stage.RlStage)
+  num_prompts = workload.prompts_at_once(stage)
+
+  def one(dtype, *shape):
+    return shapes.array((num_prompts, *shape), dtype, 'batch')
+
+  return decode_lib.PromptBatch(
+      tokens=one(jnp.int32, stage.max_prompt_len), last_token=one(jnp.int32),
+      lengths=one(jnp.int32), numbers=one(jnp.uint32))
+
+
+def bytes_on_device(tree: Any) -> int:
+  """Of arrays with shardings, what one device holds."""
+  return sum(
+      int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+      * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def compile_facts(
+    name: workload.Name, shapes: Shapes, *, is_optimized: bool
+) -> Facts:
+  """Compiles one program.
+
+  Args:
+    name: which.
+    shapes: of what.
+    is_optimized: whether the compiler optimises as for a run; without, it
+      takes a fraction of the time and needs about the same memory.
+
+  Raises:
+    UserError: shapes and mesh do not go together.
+  """
+  start, cpu_start = time.perf_counter(), time.process_time()
+  state = state_lib.abstract(
+      shapes.model, optimizer(shapes.stage), shapes.rules)
+  # The update's arguments are the whole state, others get parameters only.
+  beside = 0 if name == 'update' else bytes_on_device(state.opt_state)
+  jitted, arguments = PROGRAMS[name](shapes)
+  lowered = jitted.lower(*arguments)
+  with _optimization(is_optimized):
+    try:
+      memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+      return Facts(
+          arguments=bytes_on_device(arguments), beside=beside,
+          temporaries=_wanted(str(error)), error=_first_line(str(error)),
+          seconds=time.perf_counter() - start,
+          cpu_seconds=time.process_time() - cpu_start)
+  return Facts(
+      arguments=memory.argument_size_in_bytes,
+      outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      temporaries=memory.temp_size_in_bytes,
+      peak=memory.peak_memory_in_bytes, host=memory.host_temp_size_in_bytes,
+      beside=beside, seconds=time.perf_counter() - start,
+      cpu_seconds=time.process_time() - cpu_start)
+
+
+@contextlib.contextmanager
+def _optimization(is_optimized: bool) -> Iterator[None]:
+  """The compiler's effort for what is compiled inside."""
+  before = jax.config.values['jax_optimization_level']
+  if not is_optimized:
+    jax.config.update('jax_optimization_level', 'O0')
+  try:
+    yield
+  finally:
+    jax.config.update('jax_optimization_level', before)
+
+
+def _wanted(message: str) -> int:
+  """Bytes of temporaries that a refused program would need, 0 if not said."""
+  found = re.search(r'([\d.]+)([KMGT])\)? exceeds available HBM', message)
+  if found is None:
+    return 0
+  return int(float(found[1]) * 1024 ** ('KMGT'.index(found[2]) + 1))
+
+
+def _first_line(message: str) -> str:
+  return ' '.join(message.partition('\n')[0].split())
