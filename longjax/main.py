@@ -89,7 +89,8 @@ _PLAN = flags.DEFINE_string(
     'plan', None, 'TPU topology to plan the run for, in place of running it.')
 _PLAN_OPTIMIZE = flags.DEFINE_boolean(
     'plan_optimize', False,
-    "Compile plans at the compiler's default level: minutes, not seconds.")
+    "Compile plans at the compiler's default level: takes several times as "
+    'long.')
 _PLAN_SEARCH = flags.DEFINE_boolean(
     'plan_search', True,
     'Plans also find the longest context and the smallest topology that fit.')
@@ -153,20 +154,19 @@ def default_workdir(config_file: str) -> str:
 
 def open_workdir(path: str) -> epath.Path:
   """Makes the directory; UserError if nothing can be written there."""
+  from longjax.train import mirror
+
   workdir = epath.Path(path)
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f'.writable-{uuid.uuid4().hex}'  # Of this process.
-    probe.write_bytes(b'')
-    probe.unlink()
+    with mirror.reporting(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
+      probe = workdir / f'.writable-{uuid.uuid4().hex}'  # Of this process.
+      probe.write_bytes(b'')
+      probe.unlink()
   except OSError as error:
     raise types.UserError(
         f'cannot write to --workdir={path}: {error.strerror or error}; choose '
         'another directory.') from error
-  except ImportError as error:
-    raise types.UserError(
-        f'--workdir={path} needs a package that is not installed ({error}); '
-        "for gs:// install 'longjax[gcs]'.") from error
   return workdir
 
 

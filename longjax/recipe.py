@@ -168,7 +168,10 @@ def run(
   workdir_lib.use_compilation_cache(copy.remote)
   rules = rules_lib.Rules(mesh_lib.make(config.mesh, devices))
   facts.describe(rules.mesh.devices, seed=config.seed)
-  with checkpoint.StopSignal() as stop, checkpoint.Checkpointer(
+  # Accelerators multiply float32 in fewer bits unless told otherwise.
+  is_exact = config.compute.dtype == 'float32'
+  precision = jax.default_matmul_precision('highest' if is_exact else None)
+  with precision, checkpoint.StopSignal() as stop, checkpoint.Checkpointer(
       copy.remote / 'checkpoints',
       keep=config.keep_checkpoints) as checkpointer:
     begin = _begin(config, copy, rules)
@@ -258,7 +261,7 @@ def _run_stages(
     huggingface.save(
         directory, params(), context.model,
         source=begin.tokenizer_directory,
-        stop_id=context.tokenizer.stop_ids[0], pad_id=context.tokenizer.pad_id)
+        stop_ids=context.tokenizer.stop_ids, pad_id=context.tokenizer.pad_id)
 
 
 def _restore(

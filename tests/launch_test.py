@@ -142,6 +142,7 @@ class Checkout:
     self.log = path / 'log'
     self.tmp = path.parent / 'tmp'
     self.tmp.mkdir()
+    self.started: list[subprocess.Popen] = []
     shutil.copytree(ROOT / 'launch', path / 'launch')
     shutil.copy(ROOT / 'pyproject.toml', path)
     shutil.copytree(ROOT / 'configs', path / 'configs')
@@ -175,12 +176,21 @@ class Checkout:
   def start(self, script: str, *arguments: str, **environ: str):
     """The same in the background."""
     self.log.write_text('')
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ['bash', str(self.path / 'launch' / script), *arguments], text=True,
         env=self.environ(**environ), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
         # A test run in the background would hand on an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    self.started.append(process)
+    return process
+
+  def kill(self):
+    """Ends what a failed test left in the background."""
+    for process in self.started:
+      if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
   def wait_for(self, text: str, path: pathlib.Path | None = None):
     deadline = time.monotonic() + 30
@@ -212,7 +222,9 @@ def checkout(tmp_path):
   # A space in the path, as on many a laptop.
   path = tmp_path / 'my checkout'
   path.mkdir()
-  return Checkout(path)
+  made = Checkout(path)
+  yield made
+  made.kill()
 
 
 def test_the_main_job_runs_after_an_installation(checkout):

@@ -126,6 +126,9 @@ MISTAKES = {
         '(coordinator_address should be defined.); on Cloud TPU, Slurm and '
         'Kubernetes nothing need be said, elsewhere give '
         '--coordinator=HOST:PORT, --num_processes and --process_id.',
+    ('--config=conf.py', '--distributed', '--coordinator=host'):
+        '--coordinator=host should be HOST:PORT, a free port of the host of '
+        'process 0.',
     ('--config=plain.py:fast',):
         'the file given as --config has no variants; leave out what stands '
         'behind its colon.',

@@ -10,6 +10,7 @@ die is told as in `resume_driver`. Outputs go to {workdir}.{launch}.{id}.log.
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -19,12 +20,14 @@ from longjax.parallel import processes
 from tests import resume_driver
 
 HEARTBEAT_TIMEOUT = 10
+LONGEST_SECONDS = 1200
 
 
 def start(arguments, attempt, log: str) -> int:
   """One process; its system's id."""
   if child := os.fork():
     return child
+  signal.alarm(LONGEST_SECONDS)  # A test that hangs leaves nothing behind.
   opened = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
   os.dup2(opened, 1)
   os.dup2(opened, 2)

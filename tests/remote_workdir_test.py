@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from etils.epath import backend
 
+from longjax import config as config_lib
 from longjax import main, recipe, types
+from longjax.data import tokenizer as tokenizer_lib
+from longjax.model import huggingface
 from longjax.rollout import engine
-from longjax.train import checkpoint, initial, mirror, workdir
-from tests import object_store, tiny_recipe
+from longjax.train import checkpoint, convert_job, initial, mirror, workdir
+from tests import object_store, tiny_model, tiny_recipe
 
 URL = 'gs://bucket/runs/tiny'
 # Checkpoints of global steps 2 | 4, 5.
@@ -146,6 +149,55 @@ def test_a_checkpoint_cut_before_its_commit_file_does_not_count(store):
     (mirror.epath.Path(URL) / name).write_text('short')
     with pytest.raises(types.UserError, match='has 5 bytes instead of'):
       checkpoints.restore(2, jax.eval_shape(lambda: tree))
+
+
+def test_a_run_in_a_store_is_converted_beside_its_local_copy(
+    store, tmp_path):
+  rules = tiny_model.rules()
+  config = tiny_recipe.config(RECIPE)
+  copy = mirror.Mirror(URL)
+  workdir.claim(copy.local, config_lib.resolved(config))
+  begin = initial.from_scratch(
+      config.model, initialization='random', seed=0,
+      directory=copy.local / 'tokenizer', texts=lambda: ['Some words. ' * 9],
+      rules=rules)
+  copy.publish()
+  params = begin.load()
+  with checkpoint.Checkpointer(f'{URL}/checkpoints') as checkpoints:
+    checkpoints.save(1, {'train': {'params': params}}, {})
+  (copy.local / 'unsent').write_text('')
+  convert_job.run(convert_job.ConvertConfig(
+      source=URL, output=str(tmp_path / 'out')))
+  got, _ = huggingface.load(tmp_path / 'out')
+  jax.tree.map(np.testing.assert_array_equal, got, params)
+  assert tokenizer_lib.load(tmp_path / 'out').stop_ids == (
+      begin.tokenizer.stop_ids)
+  assert (copy.local / 'unsent').exists()
+
+
+def test_a_run_in_a_store_begins_with_what_another_exported():
+  folder = mirror.epath.Path(URL)
+  (folder / 'config.json').write_text('of the run')
+  (folder / 'model' / 'config.json').write_text('of the model')
+  found = initial.find(URL)
+  assert (found / 'config.json').read_text() == 'of the model'
+  with pytest.raises(types.UserError, match="'gs://bucket/no' does not exist;"):
+    initial.find('gs://bucket/no')
+
+
+def test_what_a_store_answers_is_one_line(store, monkeypatch):
+  class HttpError(Exception):
+    pass
+
+  def refuse(*args, **kwargs):
+    raise HttpError('Anonymous caller, 401')
+
+  monkeypatch.setattr(object_store.ObjectStore, '_open', refuse)
+  for use in (lambda: main.open_workdir(URL), lambda: convert_job.run(
+      convert_job.ConvertConfig(source=URL, output='out'))):
+    with pytest.raises(
+        types.UserError, match=f'cannot use {URL}: Anonymous caller, 401'):
+      use()
 
 
 def test_a_base_model_in_a_store_is_copied_without_strange_weights():

@@ -111,7 +111,7 @@ def test_the_loss_is_the_recipes_formula_response_by_response():
       compute=compute_lib.Compute(attention='reference'),
       temperature=STAGE.sampler.temperature)
   logprobs = np.asarray(
-      score(tiny_model.params(), flat).head.logprobs, np.float64)
+      score(tiny_model.params(), flat).logprobs, np.float64)
   given, total, config = EXTRAS['rl'], 0.0, STAGE.loss
   for n in range(NUM_ROWS):  # Row n holds response n.
     advantage = float(given['advantages'][n])

@@ -23,12 +23,16 @@ import numpy as np
 import sentencepiece
 
 from longjax import types
-from longjax.data import byte_level_tokenizer, sentencepiece_tokenizer, turns
+from longjax.data import (
+    byte_level_tokenizer,
+    sentencepiece_tokenizer,
+    turns,
+    utf8,
+)
 
 MODEL_FILE = 'tokenizer.model'
-CONFIG_FILE = 'tokenizer_config.json'
+CONFIG_FILE = byte_level_tokenizer.CONFIG_FILE
 
-_SURROGATE = re.compile('[\ud800-\udfff]')
 # Control symbols, the unknown piece and 256 bytes are always there.
 _NUM_RESERVED = len(sentencepiece_tokenizer.SPECIAL_TOKENS) + 1 + 256
 # The trainer drops tabs' whole sentence and counts lengths in bytes.
@@ -160,7 +164,7 @@ def train(
   # half of the room, the rarest are left to byte fallback.
   by_count = sorted(counts, key=lambda c: (-counts[c], c))
   alphabet = {c for c in by_count[:room // 2] if c not in '\t\0\u2581'}
-  alphabet -= {c for c in alphabet if _SURROGATE.match(c)}
+  alphabet -= {c for c in alphabet if utf8.SURROGATE.match(c)}
   if not any(c.strip() for c in alphabet):
     raise types.UserError(
         'the tokenizer has no text to train on; give at least one document '

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from longjax import types
 
-_SURROGATE = re.compile('[\ud800-\udfff]')
+SURROGATE = re.compile('[\ud800-\udfff]')
 # No text holds this byte.
 UNDECODABLE = b'\xff'
 
@@ -16,7 +16,7 @@ def check(text: str) -> None:
   Raises:
     UserError: it holds half a surrogate pair.
   """
-  broken = _SURROGATE.search(text)
+  broken = SURROGATE.search(text)
   if broken:
     raise types.UserError(
         f'text holds the lone surrogate {broken.group()!r} at character '

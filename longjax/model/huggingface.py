@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,7 +81,7 @@ def save(
     *,
     source: str | os.PathLike | None = None,
     dtype: DTypeLike | None = None,
-    stop_id: int | None = None,
+    stop_ids: Sequence[int] = (),
     pad_id: int | None = None,
     max_file_bytes: int = 4_000_000_000,
 ) -> None:
@@ -93,13 +93,14 @@ def save(
     directory: replaced if it exists.
     params: the parameter tree.
     config: its configuration.
-    source: directory whose tokenizer is carried along and, if it holds a
-      model, its generation_config.json and those fields of its config.json
-      that do not change the maths. None carries nothing.
+    source: directory whose tokenizer and generation_config.json are carried
+      along and, if it holds a model, those fields of its config.json that do
+      not change the maths. None carries nothing.
     dtype: of the stored tensors; None keeps the parameters'.
-    stop_id: written as eos_token_id, for other programs, unless the source
-      names its own.
-    pad_id: written as pad_token_id likewise.
+    stop_ids: each ends a response; generation_config.json names them, beside
+      those of the source, for other programs. config.json has the first,
+      unless the source names another.
+    pad_id: written as pad_token_id unless the source names its own.
     max_file_bytes: more are split over several files.
 
   Raises:
@@ -111,18 +112,21 @@ def save(
   params = jax.tree.map(
       lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), params)
   stored = np.dtype(dtype or params['embedding'].dtype)
-  ids = {'eos_token_id': stop_id, 'pad_token_id': pad_id}
-  ids = {name: value for name, value in ids.items() if value is not None}
-  fields = huggingface_config.to_json(config) | ids | {
-      'torch_dtype': stored.name}
-  carried = multihost.on_primary(lambda: _carried(source))
+  fields = huggingface_config.to_json(config) | {'torch_dtype': stored.name}
+  if stop_ids:
+    fields['eos_token_id'] = stop_ids[0]
+  if pad_id is not None:
+    fields['pad_token_id'] = pad_id
+  carried, generation = multihost.on_primary(lambda: _carried(source))
+  generation = huggingface_directory.with_ids(
+      generation, stop_ids=stop_ids, pad_id=pad_id)
   layouts = huggingface_layout.layouts(config)
   tensors = _to_tensors(params, layouts, stored)
   failure = ''
   if multihost.is_primary():
     try:
       with huggingface_directory.replacing(directory) as temporary:
-        _write_small_files(temporary, fields | carried, ids | carried, source)
+        _write_small_files(temporary, fields | carried, generation, source)
         _write_tensors(temporary, tensors, layouts, stored, max_file_bytes)
     except OSError as error:
       failure = f'cannot write checkpoint {directory}: {error.strerror}.'
@@ -132,13 +136,15 @@ def save(
 
 
 def stored_dtype(directory: str | os.PathLike) -> np.dtype:
-  """Of a checkpoint's tensors; UserError if it cannot be read."""
+  """Of a checkpoint's tensors; float32, which holds all, if they differ.
+
+  Raises:
+    UserError: it cannot be read.
+  """
   tensors = huggingface_directory.tensors(pathlib.Path(directory))
   _check_known(tensors.values())
-  name = huggingface_layout.EMBEDDING
-  if name not in tensors:
-    raise types.UserError(f'{directory} lacks the tensor {name}.')
-  return tensor_file.DTYPES[tensors[name].dtype]
+  names = {tensor.dtype for tensor in tensors.values()}
+  return tensor_file.DTYPES[names.pop() if len(names) == 1 else 'F32']
 
 
 def _raise_if(message: str) -> None:
@@ -161,20 +167,21 @@ def _check_tensors(
         f'{directory} lacks {len(missing)} tensors, first {missing[0]}; '
         'config.json and the weights do not belong together.')
   _check_known(tensors.values())
-  extra = sorted(tensors.keys() - expected.keys())
-  head, embedding = huggingface_layout.HEAD, huggingface_layout.EMBEDDING
-  # Some tied checkpoints store the head as well.
-  if extra == [head] and _equal(tensors[head], tensors[embedding]):
-    extra = []
-  if extra:
-    raise types.UserError(
-        f'{directory} has {len(extra)} tensors that config.json does not '
-        f'account for, first {extra[0]}.')
   for name, shape in expected.items():
     if tensors[name].shape != shape:
       raise types.UserError(
           f'{directory}: {name} has shape {tensors[name].shape}, '
           f'config.json asks for {shape}.')
+  extra = sorted(tensors.keys() - expected.keys())
+  head, embedding = huggingface_layout.HEAD, huggingface_layout.EMBEDDING
+  # Some tied checkpoints store the head as well.
+  if extra == [head] and tensor_file.equal(
+      tensors[head], tensors[embedding]):
+    extra = []
+  if extra:
+    raise types.UserError(
+        f'{directory} has {len(extra)} tensors that config.json does not '
+        f'account for, first {extra[0]}.')
 
 
 def _check_known(tensors) -> None:
@@ -183,21 +190,6 @@ def _check_known(tensors) -> None:
       raise types.UserError(
           f'{tensor.path}: {tensor.name} is {tensor.dtype}, not one of '
           f'{tuple(tensor_file.DTYPES)}.')
-
-
-def _equal(a: tensor_file.Tensor, b: tensor_file.Tensor) -> bool:
-  """Whether two matrices hold the same values."""
-  if a.shape != b.shape:
-    return False
-  height, width = a.shape
-  for first in range(0, height, step := max(1, (1 << 22) // width)):
-    rows = (first, min(first + step, height))
-    values = np.empty((2, rows[1] - first, width), np.float32)
-    for tensor, out in zip((a, b), values, strict=True):
-      tensor.read(rows, [((0, width), out)])
-    if not np.array_equal(*values):
-      return False
-  return True
 
 
 def _to_tensors(
@@ -236,32 +228,36 @@ def _stored(
   return leaf.astype(dtype).transpose(order)
 
 
-def _carried(source: pathlib.Path | None) -> dict[str, Any]:
-  """Fields of config.json that stay; a source without tokenizer is refused."""
+def _carried(
+    source: pathlib.Path | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What stays of config.json, and generation_config.json.
+
+  A source without tokenizer is refused.
+  """
   if source is None:
-    return {}
+    return {}, {}
   huggingface_directory.tokenizer_files(source)
-  return huggingface_config.harmless(source)
+  fields = huggingface_config.harmless(source)
+  path = source / huggingface_directory.GENERATION_FILE
+  if path.is_file():
+    return fields, huggingface_directory.read_json(path)
+  return fields, {name: fields[name] for name in _SPECIAL_IDS
+                  if fields.get(name) is not None}
 
 
 def _write_small_files(
     directory: pathlib.Path,
-    fields: dict[str, Any],
-    ids: dict[str, Any],
+    fields: Mapping[str, Any],
+    generation: Mapping[str, Any],
     source: pathlib.Path | None,
 ) -> None:
   """config.json, generation_config.json and the tokenizer."""
   huggingface_directory.write_json(
       directory / huggingface_directory.CONFIG_FILE, fields)
-  files = huggingface_directory.tokenizer_files(source) if source else []
-  generation = huggingface_directory.GENERATION_FILE
-  if source and (source / generation).is_file():
-    files.append(source / generation)
-  else:
-    huggingface_directory.write_json(directory / generation, {
-        name: value for name, value in ids.items()
-        if name in _SPECIAL_IDS and value is not None})
-  for path in files:
+  huggingface_directory.write_json(
+      directory / huggingface_directory.GENERATION_FILE, generation)
+  for path in huggingface_directory.tokenizer_files(source) if source else []:
     shutil.copyfile(path, directory / path.name)
 
 

@@ -10,7 +10,7 @@
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,6 +94,26 @@ def tokenizer_files(directory: pathlib.Path) -> list[pathlib.Path]:
   return found
 
 
+def with_ids(
+    generation: Mapping[str, Any],
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int | None,
+) -> dict[str, Any]:
+  """The content of generation_config.json, these tokens among its own."""
+  content = dict(generation)
+  ids = content.get('eos_token_id')
+  if not isinstance(ids, list):
+    ids = [] if ids is None else [ids]
+  missing = [i for i in stop_ids if i not in ids]
+  if missing:
+    ids = [*ids, *missing]
+    content['eos_token_id'] = ids if len(ids) > 1 else ids[0]
+  if pad_id is not None and content.get('pad_token_id') is None:
+    content['pad_token_id'] = pad_id
+  return content
+
+
 @contextmanager
 def replacing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
   """A temporary directory that is put in place of `directory` at the end.
@@ -109,7 +129,12 @@ def replacing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     if directory.exists():
       shutil.rmtree(old, ignore_errors=True)
       directory.rename(old)
-    temporary.rename(directory)
+    try:
+      temporary.rename(directory)
+    except OSError:
+      if old.exists():
+        old.rename(directory)
+      raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   shutil.rmtree(old, ignore_errors=True)

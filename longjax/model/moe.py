@@ -8,7 +8,8 @@ Tokens are sorted by expert and multiplied group by group (`lax.ragged_dot`), so
 no capacity is set and none is dropped. Experts are split over the mesh axis
 `expert`. Each device's tokens travel around that axis once, together with
 the sum of what the experts on their way made of them: memory is that of one
-device's tokens whatever the routing, and shapes are static.
+device's tokens whatever the routing, and shapes are static. The backward pass
+keeps the tokens of every stop, x of one layer as often as `expert` has devices.
 
 B rows, T positions, D model, F ffn, E experts, A active experts, n tokens of
 one device, M = n * A.

@@ -30,7 +30,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Columns are picked out of so much at a time.
+# Columns are picked out, and tensors compared, so much at a time.
 _BATCH_BYTES = 1 << 24
 # The library's own bound; more would be a damaged length.
 _MAX_HEADER_BYTES = 100_000_000
@@ -99,6 +99,22 @@ class Tensor:
       if not count:
         raise unreadable(self.path, f'it ends within {self.name}')
       todo = todo[count:]
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+  """Whether two matrices hold the same values."""
+  if a.shape != b.shape:
+    return False
+  height, width = a.shape
+  step = max(1, _BATCH_BYTES // (4 * width))
+  for first in range(0, height, step):
+    rows = (first, min(first + step, height))
+    values = np.empty((2, rows[1] - first, width), np.float32)
+    for tensor, out in zip((a, b), values, strict=True):
+      tensor.read(rows, [((0, width), out)])
+    if not np.array_equal(*values):
+      return False
+  return True
 
 
 def unreadable(path: pathlib.Path, reason: object) -> types.UserError:

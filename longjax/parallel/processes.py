@@ -14,6 +14,7 @@ with `LOST`. No state needs saving then: the same command resumes.
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -60,6 +61,10 @@ def start(
   Raises:
     UserError: they cannot be found or do not all come.
   """
+  if coordinator is not None and not re.fullmatch(r'.+:\d+', coordinator):
+    raise types.UserError(
+        f'--coordinator={coordinator} should be HOST:PORT, a free port of the '
+        'host of process 0.')
   # A lost process is ours to report, and signals ours to handle
   # (`checkpoint.StopSignal`). jax would abort, and take SIGTERM for itself.
   jax.config.update('jax_enable_recoverability', True)

@@ -11,7 +11,7 @@ from longjax import types
 from longjax.model import architecture, huggingface_config
 from longjax.model import compute as compute_lib
 from longjax.parallel import mesh as mesh_lib
-from longjax.planner import plan, report, search, topologies, workload
+from longjax.planner import layout, plan, report, search, topologies
 from longjax.train import initial
 
 
@@ -33,7 +33,7 @@ class Options:
 
 
 def run(
-    stages: Sequence[tuple[str, workload.Stage]],
+    stages: Sequence[tuple[str, layout.Stage]],
     workdir: pathlib.Path,
     options: Options,
     *,

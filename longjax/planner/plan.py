@@ -16,7 +16,7 @@ from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import rules as rules_lib
-from longjax.planner import estimate, programs, topologies, workload
+from longjax.planner import estimate, layout, programs, topologies, workload
 from longjax.train import rl_stage, sft_job
 
 # A program fits if a quarter more than its peak does: libtpu's versions differ
@@ -37,7 +37,7 @@ class Question:
     is_optimized: see `programs.compile_facts`.
   """
 
-  stage: workload.Stage
+  stage: layout.Stage
   model: architecture.ModelConfig
   mesh: mesh_lib.MeshConfig
   compute: compute_lib.Compute
@@ -65,7 +65,7 @@ class Question:
 class ProgramPlan:
   """One program: what the compiler says, what it has to do, how long."""
 
-  name: workload.Name
+  name: layout.Name
   facts: programs.Facts
   work: workload.Work
   roofline: estimate.Roofline
@@ -108,7 +108,7 @@ def _rules(mesh: mesh_lib.MeshConfig, topology: str) -> rules_lib.Rules:
 
 
 @functools.cache
-def compiled(question: Question, name: workload.Name) -> programs.Facts:
+def compiled(question: Question, name: layout.Name) -> programs.Facts:
   """Compiles one program; the same question is answered once.
 
   Raises:
@@ -152,7 +152,7 @@ def check(question: Question) -> None:
     return
   rl_stage.check(stage, shapes.context)
   num_prompts, shards = (
-      workload.prompts_at_once(stage), shapes.rules.size('batch'))
+      layout.prompts_at_once(stage), shapes.rules.size('batch'))
   if num_prompts % shards:
     raise types.UserError(
         f'{num_prompts} prompts at once (rl.prompts_per_batch, or '

@@ -26,7 +26,7 @@ from longjax import rows, types
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
-from longjax.planner import workload
+from longjax.planner import layout
 from longjax.rollout import decode as decode_lib
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_job, rl_stage, sft_job
@@ -82,7 +82,7 @@ Program = tuple[Any, tuple[Any, ...]]
 class Shapes:
   """What the programs of a stage are compiled for."""
 
-  stage: workload.Stage
+  stage: layout.Stage
   model: architecture.ModelConfig
   rules: rules_lib.Rules
   compute: compute_lib.Compute
@@ -111,7 +111,7 @@ class Shapes:
     return made
 
 
-def optimizer(stage: workload.Stage) -> optax.GradientTransformation:
+def optimizer(stage: layout.Stage) -> optax.GradientTransformation:
   """Of a stage; its schedule changes neither shapes nor speed."""
   return optimizer_lib.make(stage.optimizer, num_steps=stage.steps)
 
@@ -119,7 +119,7 @@ def optimizer(stage: workload.Stage) -> optax.GradientTransformation:
 def update(shapes: Shapes) -> Program:
   """One optimizer step."""
   stage = shapes.stage
-  made = workload.layout(stage)
+  made = layout.layout(stage)
   loss: Any
   if isinstance(stage, rl_stage.RlStage):
     num_responses = stage.num_prompts * stage.num_samples
@@ -149,7 +149,7 @@ def score(shapes: Shapes) -> Program:
   """Log-probabilities and entropies of a whole batch."""
   stage = shapes.stage
   assert isinstance(stage, rl_stage.RlStage)
-  made = workload.layout(dataclasses.replace(stage, num_minibatches=1))
+  made = layout.layout(dataclasses.replace(stage, num_minibatches=1))
   jitted = step_lib.make_score(
       config=shapes.model, temperature=stage.sampler.temperature,
       rules=shapes.rules, compute=shapes.compute,
@@ -186,7 +186,7 @@ PROGRAMS: dict[str, Callable[[Shapes], Program]] = {
 }
 
 
-def names(stage: workload.Stage) -> tuple[workload.Name, ...]:
+def names(stage: layout.Stage) -> tuple[layout.Name, ...]:
   """The programs of a stage, in the order a step runs them."""
   if not isinstance(stage, rl_stage.RlStage):
     return ('update',)
@@ -203,7 +203,7 @@ def _params(shapes: Shapes) -> types.Params:
 def _prompts(shapes: Shapes) -> decode_lib.PromptBatch:
   stage = shapes.stage
   assert isinstance(stage, rl_stage.RlStage)
-  num_prompts = workload.prompts_at_once(stage)
+  num_prompts = layout.prompts_at_once(stage)
 
   def one(dtype, *shape):
     return shapes.array((num_prompts, *shape), dtype, 'batch')
@@ -221,7 +221,7 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def compile_facts(
-    name: workload.Name, shapes: Shapes, *, is_optimized: bool
+    name: layout.Name, shapes: Shapes, *, is_optimized: bool
 ) -> Facts:
   """Compiles one program.
 
@@ -229,7 +229,7 @@ def compile_facts(
     name: which.
     shapes: of what.
     is_optimized: whether the compiler optimises as for a run; without, it
-      takes a fraction of the time and needs about the same memory.
+      takes a fraction of the time, and memory comes out within the margin.
 
   Raises:
     UserError: shapes and mesh do not go together.

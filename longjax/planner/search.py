@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from longjax import types
 from longjax.parallel import mesh as mesh_lib
-from longjax.planner import plan, programs, topologies, workload
+from longjax.planner import layout, memory, plan, programs, topologies
 from longjax.train import rl_stage
 
 # Lengths are multiples of so many tokens on each device along `seq`, so that
@@ -37,9 +37,9 @@ class Longest:
     compiled: stretches at which that program was compiled.
   """
 
-  stage: workload.Stage
+  stage: layout.Stage
   stretch: float
-  limited_by: workload.Name
+  limited_by: layout.Name
   compiled: tuple[float, ...]
 
 
@@ -48,10 +48,10 @@ class Smallest:
   """The smallest slice on which every program fits, compiled for it."""
 
   question: plan.Question
-  facts: dict[workload.Name, programs.Facts]
+  facts: dict[layout.Name, programs.Facts]
 
 
-def sequence_len(stage: workload.Stage) -> int:
+def sequence_len(stage: layout.Stage) -> int:
   """Tokens of the longest sequence: a prompt and a response, or a row."""
   if isinstance(stage, rl_stage.RlStage):
     return stage.max_prompt_len + stage.sampler.max_response_len
@@ -59,8 +59,8 @@ def sequence_len(stage: workload.Stage) -> int:
 
 
 def stretched(
-    stage: workload.Stage, factor: float, *, num_shards: int
-) -> workload.Stage:
+    stage: layout.Stage, factor: float, *, num_shards: int
+) -> layout.Stage:
   """The stage with all its lengths times `factor`, rounded to whole blocks."""
 
   def length(tokens: float, multiple: int) -> int:
@@ -98,7 +98,7 @@ def longest(made: plan.StagePlan) -> Longest:
       p.name: float(p.facts.beside + min(p.facts.arguments, p.facts.needed))
       for p in made.programs}
 
-  def first_limit() -> tuple[float, workload.Name]:
+  def first_limit() -> tuple[float, layout.Name]:
     return min(
         (_reach(points[name], fixed[name], question.limit), name)
         for name in points)
@@ -174,7 +174,7 @@ def moved(question: plan.Question, topology: str) -> plan.Question | None:
   stage = question.stage
   try:
     if isinstance(stage, rl_stage.RlStage):
-      num_prompts = at_once(workload.prompts_at_once(stage))
+      num_prompts = at_once(layout.prompts_at_once(stage))
       stage = dataclasses.replace(
           stage, row_multiple=at_once(stage.row_multiple),
           prompts_per_batch=min(num_prompts, stage.num_prompts))
@@ -213,14 +213,14 @@ def _least(question: plan.Question) -> float:
   """Bytes that the hungriest program cannot do without."""
   shapes = question.shapes()
   return max(
-      workload.least_memory(
+      memory.least(
           name, question.stage, question.model, shapes.rules,
           question.compute) for name in programs.names(question.stage))
 
 
 def _all_fit(
     question: plan.Question, known: Sequence[plan.ProgramPlan]
-) -> dict[workload.Name, programs.Facts]:
+) -> dict[layout.Name, programs.Facts]:
   """Facts of all programs; {} as soon as one does not fit."""
   facts = {}
   # The hungriest first: if one does not fit, it is likely that one.

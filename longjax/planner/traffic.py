@@ -11,7 +11,6 @@ passed on.
 """
 
 import dataclasses
-import enum
 import math
 from collections.abc import Sequence
 
@@ -20,44 +19,7 @@ import jax.numpy as jnp
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
-from longjax.planner import flops, topologies
-
-
-class Kind(enum.Enum):
-  """How a collective uses the links of a torus."""
-
-  BOTH_WAYS = 'both ways'  # Gathers, reductions: round the axis both ways.
-  ONE_WAY = 'one way'  # Ring steps, always to the same neighbour.
-  SCATTERED = 'scattered'  # All to all: to devices up to n / 2 links away.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Transfer:
-  """What one device sends for one purpose.
-
-  Attributes:
-    purpose: in words.
-    kind: see there.
-    num_devices: n.
-    num_bytes: sent by one device.
-  """
-
-  purpose: str
-  kind: Kind
-  num_devices: int
-  num_bytes: float
-
-  def seconds(self, chip: topologies.Chip) -> float:
-    """At full bandwidth of the links of one dimension of the torus."""
-    rate = chip.link_bandwidth
-    match self.kind:
-      case Kind.BOTH_WAYS:
-        return self.num_bytes / (2 * rate)
-      case Kind.ONE_WAY:
-        return self.num_bytes / rate
-      case Kind.SCATTERED:
-        # n / 4 links on average, and the axis is used both ways.
-        return self.num_bytes * max(self.num_devices / 4, 1) / (2 * rate)
+from longjax.planner import flops, transfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +57,7 @@ def of_rows(
     dtype: str,
     passes: Passes,
     with_head: bool,
-) -> list[Transfer]:
+) -> list[transfer.Transfer]:
   """Of layers, embedding and head over rows that are computed at once.
 
   Args:
@@ -123,7 +85,9 @@ def of_rows(
   return [t for t in out if t.num_bytes]
 
 
-def repeated(transfers: Sequence[Transfer], times: float) -> list[Transfer]:
+def repeated(
+    transfers: Sequence[transfer.Transfer], times: float
+) -> list[transfer.Transfer]:
   """The same, so many times."""
   return [
       dataclasses.replace(t, num_bytes=t.num_bytes * times) for t in transfers]
@@ -135,8 +99,8 @@ def _share(num_devices: int) -> float:
 
 
 def _gathered(purpose, num_devices, num_bytes):
-  return Transfer(
-      purpose=purpose, kind=Kind.BOTH_WAYS, num_devices=num_devices,
+  return transfer.Transfer(
+      purpose=purpose, kind=transfer.Kind.BOTH_WAYS, num_devices=num_devices,
       num_bytes=num_bytes * _share(num_devices))
 
 
@@ -204,8 +168,9 @@ def _experts(model, rules, tokens, width, passes):
         passes.forward * stops * (token + choice)
         + passes.backward * stops * token
         + (1 + passes.backward) * (stops + 1) * total)
-    out.append(Transfer(
-        purpose='tokens to experts', kind=Kind.ONE_WAY, num_devices=stops,
+    out.append(transfer.Transfer(
+        purpose='tokens to experts', kind=transfer.Kind.ONE_WAY,
+        num_devices=stops,
         num_bytes=tokens * per_token * model.num_layers))
   if rules.size('ffn') > 1:
     out.append(_summed(
@@ -226,8 +191,9 @@ def _keys(model, rules, tokens, ring, width, passes):
   backward = passes.backward * values * 4
   if ring:
     # Gradients are passed on once more, home.
-    return [Transfer(
-        purpose='keys and values', kind=Kind.ONE_WAY, num_devices=num_devices,
+    return [transfer.Transfer(
+        purpose='keys and values', kind=transfer.Kind.ONE_WAY,
+        num_devices=num_devices,
         num_bytes=num_devices * forward + (num_devices + 1) * backward)]
   return [
       _gathered('keys and values', num_devices, num_devices * forward),
@@ -250,9 +216,9 @@ def _embedding(model, rules, tokens, width, passes):
   times = 1 + passes.backward
   values = times * tokens * model.embed_dim * width
   return [
-      Transfer(
-          purpose='embeddings', kind=Kind.SCATTERED, num_devices=pieces,
-          num_bytes=values * _share(pieces)),
+      transfer.Transfer(
+          purpose='embeddings', kind=transfer.Kind.SCATTERED,
+          num_devices=pieces, num_bytes=values * _share(pieces)),
       _summed('embeddings over tensor', rules.size('vocab'), values),
   ]
 
@@ -270,7 +236,7 @@ def _head(model, rules, width, passes):
 
 def sampler_weights(
     model: architecture.ModelConfig, rules: rules_lib.Rules, *, dtype: str
-) -> list[Transfer]:
+) -> list[transfer.Transfer]:
   """Parameters gathered once for all tokens that are sampled."""
   width = jnp.dtype(dtype).itemsize
   experts = 0
@@ -292,7 +258,7 @@ def of_token(
     *,
     num_samples: int,
     dtype: str,
-) -> list[Transfer]:
+) -> list[transfer.Transfer]:
   """Of one decoding step of so many samples in all.
 
   Args:

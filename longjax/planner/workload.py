@@ -11,21 +11,15 @@ tokens of a row.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from longjax.model import architecture
 from longjax.model import attention as attention_lib
 from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
-from longjax.planner import flops, traffic
-from longjax.train import rl_stage, sft_job
-
-Stage = rl_stage.RlStage | sft_job.SupervisedConfig
-Name = Literal['prefill', 'decode', 'score', 'update']
-
+from longjax.planner import flops, layout, memory, traffic, transfer
+from longjax.train import rl_stage
 
 # Products of a pair of blocks in the backward pass. Kernels compute scores and
 # their gradients twice, once for dq, once for dk and dv.
@@ -96,47 +90,8 @@ class Work:
   executed: flops.Flops
   imbalance: float
   memory_bytes: float
-  transfers: list[traffic.Transfer]
+  transfers: list[transfer.Transfer]
   attention: Attention | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-  """The rows of an update.
-
-  Attributes:
-    num_rows: B, of one optimizer step.
-    rows_at_once: of a micro-batch.
-    num_prefix: tokens of a group's prefix.
-    branches: tokens of each of its branches.
-    num_groups: in all rows.
-  """
-
-  num_rows: int
-  rows_at_once: int
-  num_prefix: int
-  branches: tuple[int, ...]
-  num_groups: int
-
-
-def layout(stage: Stage) -> Layout:
-  """Rows of one update when all are as long as they may be."""
-  if isinstance(stage, sft_job.SupervisedConfig):
-    return Layout(
-        num_rows=stage.num_rows, num_groups=stage.num_rows,
-        rows_at_once=stage.num_rows // stage.num_microbatches,
-        num_prefix=stage.row_len, branches=())
-  # As `rows.pack` writes them: branches begin with the last prompt token.
-  num_prefix = stage.max_prompt_len - 1
-  branches = (stage.sampler.max_response_len,) * stage.num_samples
-  num_groups = stage.num_prompts // stage.num_minibatches
-  groups_a_row = stage.row_len // (num_prefix + sum(branches))
-  num_rows = -(-num_groups // groups_a_row)
-  num_rows = -(-num_rows // stage.row_multiple) * stage.row_multiple
-  return Layout(
-      num_rows=num_rows, num_groups=num_groups, num_prefix=num_prefix,
-      branches=branches,
-      rows_at_once=rl_stage.rows_at_once(stage, num_rows))
 
 
 @functools.cache
@@ -147,7 +102,7 @@ def _pairs_of_row(num_prefix, branches, row_len, block_len, num_shards):
 
 
 def update(
-    stage: Stage,
+    stage: layout.Stage,
     model: architecture.ModelConfig,
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
@@ -179,7 +134,7 @@ def _over_rows(
     stage, model, rules, compute, *, passes, num_runs
 ) -> Work:
   """Forward passes over rows, and backward passes if there are any."""
-  made = layout(stage)
+  made = layout.layout(stage)
   chosen = attention(made.rows_at_once, stage.row_len, model, rules, compute)
   pairs, imbalance = _pairs_of_row(
       made.num_prefix, made.branches, stage.row_len, chosen.block_len,
@@ -206,64 +161,18 @@ def _over_rows(
           model, rules, num_rows=made.rows_at_once, row_len=stage.row_len,
           ring=chosen.is_ring, dtype=compute.dtype, passes=passes,
           with_head=True), num_parts)
-  memory_bytes = num_parts * _row_memory(
+  memory_bytes = num_parts * memory.of_rows(
       model, rules, compute, passes,
       num_tokens=made.rows_at_once * stage.row_len,
       num_pairs=made.rows_at_once * pairs, block_len=chosen.block_len)
   if passes.backward:
-    memory_bytes += _optimizer_memory(model, rules, num_parts)
+    memory_bytes += memory.of_optimizer(model, rules, num_parts)
   return Work(
       what=f'{made.num_rows} rows of {stage.row_len:,} tokens, '
       f'{made.rows_at_once} at once',
       num_runs=num_runs, needed=needed, executed=executed,
       imbalance=imbalance, memory_bytes=memory_bytes, transfers=transfers,
       attention=chosen)
-
-
-def _matrix_share(model: architecture.ModelConfig, rules: rules_lib.Rules):
-  """Weights of a layer that one device holds while it computes with them."""
-  attention = flops.attention_weights(model) / rules.size('heads')
-  ffn = 3 * model.embed_dim * model.ffn_dim / rules.size('ffn')
-  if model.moe:
-    ffn *= model.moe.num_experts / rules.size('experts')
-  return attention + ffn
-
-
-def _activations(model: architecture.ModelConfig) -> int:
-  """Numbers a token brings to and takes from a layer's matrices."""
-  m = model
-  heads = (m.num_heads + m.num_kv_heads) * m.head_dim
-  ffn = 3 * (m.embed_dim + m.ffn_dim) * (m.moe.num_active if m.moe else 1)
-  return 2 * (m.embed_dim + heads) + ffn
-
-
-def _row_memory(
-    model, rules, compute, passes, *, num_tokens, num_pairs, block_len
-) -> float:
-  """Bytes in and out of HBM for rows computed at once, of one device."""
-  width = jnp.dtype(compute.dtype).itemsize
-  tokens = num_tokens / rules.size('batch') / rules.size('seq')
-  pairs = num_pairs / rules.size('batch') / rules.size('seq')
-  times = passes.forward + 2 * passes.backward
-  layers = tokens * _activations(model) / rules.size('heads')
-  weights = _matrix_share(model, rules)
-  keys = (2 * model.num_kv_heads * model.head_dim * pairs / block_len
-          / rules.size('heads'))
-  attention_times = passes.attention + 2 * passes.backward
-  return width * model.num_layers * (
-      times * (layers + weights) + attention_times * keys)
-
-
-def _optimizer_memory(model, rules, num_parts: int) -> float:
-  """Parameters, moments and gradients, read and written in float32."""
-  local = flops.num_parameters(model) / (
-      rules.size('embed') * rules.size('heads'))
-  return local * 4 * (3 * num_parts + 7)
-
-
-def prompts_at_once(stage: rl_stage.RlStage) -> int:
-  """Prompts of one call of the sampler."""
-  return stage.prompts_per_batch or stage.num_prompts
 
 
 def prefill(
@@ -273,7 +182,7 @@ def prefill(
     compute: compute_lib.Compute,
 ) -> Work:
   """Keys and values of the prompts that are sampled from at once."""
-  num_prompts, length = prompts_at_once(stage), stage.max_prompt_len
+  num_prompts, length = layout.prompts_at_once(stage), stage.max_prompt_len
   prefill_rules = dataclasses.replace(rules, table=rules_lib.PREFILL)
   chosen = attention(num_prompts, length, model, rules, compute)
   pairs, imbalance = _pairs_of_row(
@@ -294,7 +203,7 @@ def prefill(
       what=f'{num_prompts} prompts of {length:,} tokens',
       num_runs=stage.num_prompts / num_prompts, needed=needed,
       executed=executed, imbalance=imbalance, transfers=transfers,
-      attention=chosen, memory_bytes=_row_memory(
+      attention=chosen, memory_bytes=memory.of_rows(
           model, prefill_rules, compute, traffic.Passes(),
           num_tokens=num_prompts * length, num_pairs=num_prompts * pairs,
           block_len=chosen.block_len))
@@ -307,7 +216,7 @@ def decode(
     compute: compute_lib.Compute,
 ) -> Work:
   """One token of every sample, half way through the longest response."""
-  num_prompts, length = prompts_at_once(stage), stage.max_prompt_len
+  num_prompts, length = layout.prompts_at_once(stage), stage.max_prompt_len
   num_slots = stage.sampler.max_response_len
   num_samples = num_prompts * stage.num_samples
   decode_rules = dataclasses.replace(
@@ -329,7 +238,7 @@ def decode(
       what=f'1 token of {num_prompts} x {stage.num_samples} samples',
       num_runs=num_slots * stage.num_prompts / num_prompts, needed=needed,
       executed=executed, imbalance=1.0,
-      memory_bytes=_decode_memory(
+      memory_bytes=memory.of_token(
           stage, model, decode_rules, compute, num_prompts),
       transfers=traffic.of_token(
           model, decode_rules, num_samples=num_samples, dtype=compute.dtype))
@@ -341,60 +250,3 @@ WORK: dict[str, Callable[..., Work]] = {
     'score': score,
     'update': update,
 }
-
-
-def least_memory(
-    name: Name,
-    stage: Stage,
-    model: architecture.ModelConfig,
-    rules: rules_lib.Rules,
-    compute: compute_lib.Compute,
-) -> float:
-  """Bytes of one device without which a program cannot be, whatever else."""
-  width = jnp.dtype(compute.dtype).itemsize
-  pieces = rules.size('embed') * rules.size('heads')
-  state = 12.0 * flops.num_parameters(model) / pieces
-  if name == 'update':
-    made = layout(stage)
-    tokens = made.rows_at_once * stage.row_len / (
-        rules.size('batch') * rules.size('seq'))
-    kept = 0.0
-    if compute.remat in (compute_lib.Remat.BLOCK, compute_lib.Remat.ATTENTION):
-      kept += model.embed_dim
-    if compute.remat is compute_lib.Remat.ATTENTION:
-      kept += model.num_heads * model.head_dim / rules.size('heads')
-    # Gradients are as large as parameters.
-    return 4 / 3 * state + tokens * kept * model.num_layers * width
-  if name == 'score':
-    return state
-  assert isinstance(stage, rl_stage.RlStage)
-  decode_rules = dataclasses.replace(rules, table=rules_lib.decode_table(
-      rules.mesh, prompts_at_once(stage)))
-  caches = sum(_caches(stage, model, decode_rules, width))
-  weights = width * model.num_layers * _matrix_share(model, rules)
-  return state + weights + (caches if name == 'decode' else 0)
-
-
-def _caches(stage, model, rules, width) -> tuple[float, float]:
-  """Bytes of a device's keys and values: of prompts, of their samples."""
-  token = (2 * model.num_layers * model.head_dim * width
-           * max(1.0, model.num_kv_heads / rules.size('kv_heads')))
-  token *= prompts_at_once(stage) / rules.size('batch')
-  own = stage.num_samples * stage.sampler.max_response_len * token
-  return stage.max_prompt_len * token / rules.size('prefix'), own
-
-
-def _decode_memory(stage, model, rules, compute, num_prompts) -> float:
-  """Weights, the prompts' keys and values, the samples' own."""
-  width = jnp.dtype(compute.dtype).itemsize
-  samples = num_prompts * stage.num_samples / rules.size('batch')
-  attention = flops.attention_weights(model) / rules.size('heads')
-  ffn = 3 * model.embed_dim * model.ffn_dim / rules.size('ffn')
-  if model.moe:
-    # Experts that at least one of the tokens passing by is sent to.
-    passing = samples * rules.size('experts')
-    untouched = (1 - model.moe.num_active / model.moe.num_experts) ** passing
-    ffn *= (1 - untouched) * model.moe.num_experts / rules.size('experts')
-  head = model.embed_dim * model.vocab_size / rules.size('vocab')
-  return sum(_caches(stage, model, rules, width)) + width * (
-      model.num_layers * (attention + ffn) + head)

@@ -13,7 +13,7 @@ host holds one layer of one parameter. Optimizer moments are not read.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -77,7 +77,8 @@ class _Source:
     load: (rules, dtype) -> parameters.
     directory: of its tokenizer and, if it began as one, Hugging Face model.
     name: for the log.
-    ids: stop and padding token, if no file of the directory names them.
+    stop_ids: see `huggingface.save`.
+    pad_id: likewise.
   """
 
   model: architecture.ModelConfig
@@ -85,7 +86,8 @@ class _Source:
   load: Callable[[rules_lib.Rules, np.dtype], types.Params]
   directory: pathlib.Path
   name: str
-  ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  stop_ids: tuple[int, ...] = ()
+  pad_id: int | None = None
 
 
 def run(config: ConvertConfig) -> int:
@@ -100,6 +102,10 @@ def run(config: ConvertConfig) -> int:
           f'{name} is empty; set --config.{name}=DIRECTORY.')
   if config.cpu_devices:
     mesh_lib.split_cpu(config.cpu_devices)
+  if mirror.is_remote(config.output):
+    raise types.UserError(
+        f'output={config.output} is no directory on a disk; write to one, and '
+        'copy it from there.')
   output = pathlib.Path(config.output).expanduser()
   multihost.on_primary(lambda: _check_free(output))
   source = _find(config.source)
@@ -108,7 +114,8 @@ def run(config: ConvertConfig) -> int:
   params = source.load(rules, dtype)
   huggingface.save(
       output, params, source.model, source=source.directory, dtype=dtype,
-      max_file_bytes=config.max_file_bytes, **source.ids)
+      stop_ids=source.stop_ids, pad_id=source.pad_id,
+      max_file_bytes=config.max_file_bytes)
   count = sum(x.size for x in jax.tree.leaves(params))
   logging.info(
       '%s is now %s: %s parameters in %s.', source.name, output,
@@ -130,12 +137,16 @@ def _find(name: str) -> _Source:
   if path.name.isdecimal() and path.parent.name == 'checkpoints':
     path, step = path.parent.parent, int(path.name)
   try:
-    content = json.loads((path / 'config.json').read_text())
+    with mirror.reporting(path):
+      text = (path / 'config.json').read_text()
+    content = json.loads(text)
   except (OSError, ValueError) as error:
     raise types.UserError(
         f'source={name} holds no readable config.json ({error}); give a work '
         'directory, one of its checkpoints or a Hugging Face directory.'
     ) from error
+  if not isinstance(content, dict):
+    content = {}
   if 'model_type' in content:
     return _model(initial.find(name))
   if not {'recipe', 'model', 'init_from'} <= content.keys():
@@ -158,14 +169,14 @@ def _run(
     workdir: epath.Path, step: int | None, content: dict[str, Any]
 ) -> _Source:
   """A checkpoint of a run; None is the newest."""
-  ids = {}
   if content['init_from']:
     base = _model(initial.find(content['init_from']))
     model, dtype, directory = base.model, base.dtype, base.directory
-  else:
-    directory = mirror.Mirror(workdir).local / 'tokenizer'
     tokenizer = tokenizer_lib.load(directory)
-    ids = {'stop_id': tokenizer.stop_ids[0], 'pad_id': tokenizer.pad_id}
+  else:
+    # Not through a `Mirror`, whose local copy the run itself may be using.
+    directory = mirror.fetched(workdir / 'tokenizer')
+    tokenizer = tokenizer_lib.load(directory)
     # The corpus may have given fewer pieces than asked for.
     model = dataclasses.replace(
         config_lib.build(
@@ -177,7 +188,8 @@ def _run(
   return _Source(
       model=model, dtype=dtype,
       load=lambda rules, dtype: _restore(checkpoint, model, rules, dtype),
-      directory=directory, name=str(checkpoint), ids=ids)
+      directory=directory, name=str(checkpoint),
+      stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
 
 
 def _undamaged(directory: epath.Path, step: int | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import jax
+from etils import epath
 
 import longjax
 from longjax import types
@@ -55,18 +56,19 @@ def find(path: str) -> pathlib.Path:
   Raises:
     UserError: it is in neither.
   """
-  if mirror.is_remote(path):
-    return mirror.fetch_model(path)
   places = [pathlib.Path(path).expanduser(), _CHECKOUT / path]
+  tried = f', neither in {pathlib.Path.cwd()} nor in {_CHECKOUT}'
+  if mirror.is_remote(path):
+    places, tried = [epath.Path(path)], ''
   for place in places:
-    if (place / 'model' / 'config.json').is_file():
-      return place / 'model'  # Of a run that is finished.
-    if place.exists():
-      return place
+    with mirror.reporting(place):
+      if (place / 'model' / 'config.json').is_file():
+        return mirror.fetched(place / 'model')  # Of a run that is finished.
+      if place.exists():
+        return mirror.fetched(place)
   raise types.UserError(
-      f'init_from={path!r} does not exist, neither in {pathlib.Path.cwd()} '
-      f'nor in {_CHECKOUT}; give a directory with config.json, '
-      'model.safetensors and a tokenizer.')
+      f'init_from={path!r} does not exist{tried}; give a directory with '
+      'config.json, model.safetensors and a tokenizer.')
 
 
 def from_base(path: str, *, rules: rules_lib.Rules) -> Initial:

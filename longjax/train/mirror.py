@@ -93,7 +93,7 @@ class Mirror:
             stat.st_size, stat.st_mtime_ns]
     if present == self._stored:
       return
-    with _reporting(self.remote):
+    with reporting(self.remote):
       for name, state in present.items():
         if self._stored.get(name) != state:
           _copy(self.local / name, self.remote / name)
@@ -104,7 +104,7 @@ class Mirror:
 
   def _download(self, prefixes: str | tuple[str, ...]) -> None:
     """Takes the files of the store whose names begin so, if they changed."""
-    with _reporting(self.remote):
+    with reporting(self.remote):
       if not (self.remote / LIST_FILE).exists():
         return
       listed = json.loads((self.remote / LIST_FILE).read_text())
@@ -120,10 +120,15 @@ class Mirror:
         self._stored[name] = state
 
 
-def fetch_model(url: str) -> pathlib.Path:
-  """A local copy of a Hugging Face directory on an object store."""
-  source, target = epath.Path(url), _local_copy(url)
-  with _reporting(source):
+def fetched(directory: pathlib.Path | epath.Path) -> pathlib.Path:
+  """Where the files of a model or tokenizer can be read from a disk.
+
+  That is the directory itself, or a copy of one on an object store.
+  """
+  if not is_remote(directory):
+    return pathlib.Path(directory)
+  source, target = epath.Path(directory), _local_copy(directory)
+  with reporting(source):
     for path in source.iterdir():
       if path.suffix not in _MODEL_SUFFIXES:
         continue
@@ -150,11 +155,23 @@ def _copy(
 
 
 @contextlib.contextmanager
-def _reporting(url: epath.Path) -> Iterator[None]:
-  """Turns what a store answers into one line."""
+def reporting(path: pathlib.Path | epath.Path) -> Iterator[None]:
+  """Turns what an object store answers into one line."""
+  if not is_remote(path):
+    yield
+    return
   try:
     yield
-  except OSError as error:
+  except types.UserError:
+    raise
+  except ImportError as error:
     raise types.UserError(
-        f'cannot use {url}: {error}; see that it can be reached and written, '
-        'then run the same command to resume.') from error
+        f'{path} needs a package that is not installed ({error}); for gs:// '
+        "install 'longjax[gcs]'.") from error
+  # Their clients raise what they like: gcsfs has errors of its own, and lets
+  # those of google.auth and aiohttp through.
+  except Exception as error:
+    raise types.UserError(
+        f'cannot use {path}: {error or type(error).__name__}; see that it is '
+        'there and that you may use it, then run the same command again.'
+    ) from error

@@ -242,7 +242,7 @@ class RlJob:
               _by_response(rollouts.logprobs))
     packed = self._pack(graded, 0, len(graded.prompts))
     scores = multihost.to_host(self._score_rows(
-        params, step_lib.put_rows(packed, self._context.rules)).head)
+        params, step_lib.put_rows(packed, self._context.rules)))
     num_responses, max_len = rollouts.lengths.size, rollouts.tokens.shape[2]
 
     def by_response(values):

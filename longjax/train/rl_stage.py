@@ -42,7 +42,8 @@ class RlStage:
       returned and saves that pass.
     replay_experts: of a mixture of experts: the trainer sends tokens where
       the sampler did, so that rounding does not make them two policies
-      (arXiv:2510.11370).
+      (arXiv:2510.11370). Every process holds P * (S + G * R) * L * A bytes of
+      them: 24 GiB for 128 prompts of 30B-A3B at 120K + 8 x 50K tokens.
     shuffle_rewards: a control: rewards are permuted over the batch, so that
       they carry no signal.
     rollouts_every: steps between prompts whose responses are kept to read.

@@ -216,10 +216,8 @@ def make_score(
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
     rows_at_once: int = 0,
-) -> Callable[[types.Params, rows.Rows], TokenScores]:
+) -> Callable[[types.Params, rows.Rows], head.HeadOutput]:
   """Compiles `score(params, rows)`: old log-probabilities and entropies.
-
-  Routing is left out: nobody asks for it, and of long rows it is large.
 
   Args:
     config: sizes of the network.
@@ -237,11 +235,11 @@ def make_score(
   def score(params, batch):
     num_rows = batch.tokens.shape[0]
     if rows_at_once in (0, num_rows):
-      return TokenScores(head=of_part(params, batch), routing=None)
+      return of_part(params, batch)
     parts = _parts(batch, num_rows // rows_at_once)
     scores = jax.lax.map(functools.partial(of_part, params), parts)
     scores = jax.tree.map(lambda x: x.reshape(num_rows, -1), scores)
-    return TokenScores(head=_placed(scores, rules), routing=None)
+    return _placed(scores, rules)
 
   return jax.jit(score)
 

@@ -89,7 +89,7 @@ def test_parameters_saved_and_loaded_are_the_same_bits(tmp_path):
       vocab_size=20, embed_dim=8, ffn_dim=12, num_layers=2, num_heads=4,
       num_kv_heads=2, head_dim=6, rope_theta=12345.0, norm_epsilon=1e-5)
   params = parameters.init(config, jax.random.key(0))
-  huggingface.save(tmp_path / 'a', params, config, stop_id=7, pad_id=0)
+  huggingface.save(tmp_path / 'a', params, config, stop_ids=(7, 5), pad_id=0)
   loaded, loaded_config = huggingface.load(tmp_path / 'a')
   assert loaded_config == config
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -98,7 +98,7 @@ def test_parameters_saved_and_loaded_are_the_same_bits(tmp_path):
   assert (written['eos_token_id'], written['pad_token_id']) == (7, 0)
   generation = tmp_path / 'a' / 'generation_config.json'
   assert json.loads(generation.read_text()) == {
-      'eos_token_id': 7, 'pad_token_id': 0}
+      'eos_token_id': [7, 5], 'pad_token_id': 0}
 
 
 @pytest.mark.parametrize('family, sizes, staged_bytes', [
@@ -132,6 +132,7 @@ def test_tensors_of_several_dtypes_are_one_parameter(tmp_path, tensors):
         [np.float32, ml_dtypes.bfloat16][i % 2])
   got, _ = huggingface.load(write(tmp_path / 'b', CONFIG, tensors))
   jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert huggingface.stored_dtype(tmp_path / 'b') == np.float32
 
 
 def test_several_files_behind_an_index_are_one_checkpoint(tmp_path, tensors):
@@ -251,17 +252,20 @@ def source_directory(path, config, **files):
 
 
 def test_what_a_source_says_beside_the_maths_is_carried_along(tmp_path):
-  generation = '{"eos_token_id": [5, 6], "temperature": 0.6}'
+  generation = {'eos_token_id': [5, 6], 'temperature': 0.6}
   config = checkpoints.QWEN2 | {'max_position_embeddings': 777}
   source = source_directory(
       tmp_path / 'a', config, tokenizer__json='{}',
-      generation_config__json=generation, chat_template__jinja='hello')
+      generation_config__json=json.dumps(generation),
+      chat_template__jinja='hello')
   params, model = huggingface.load(source)
   huggingface.save(
-      tmp_path / 'b', params, model, source=source, stop_id=9, pad_id=0,
-      dtype=np.float16)
+      tmp_path / 'b', params, model, source=source, stop_ids=(9, 5),
+      pad_id=0,      dtype=np.float16)
   saved = tmp_path / 'b'
-  assert (saved / 'generation_config.json').read_text() == generation
+  # A base model ends texts with other tokens than turns end with.
+  assert json.loads((saved / 'generation_config.json').read_text()) == (
+      generation | {'eos_token_id': [5, 6, 9], 'pad_token_id': 0})
   assert (saved / 'tokenizer.json').read_text() == '{}'
   assert (saved / 'chat_template.jinja').read_text() == 'hello'
   written = json.loads((saved / 'config.json').read_text())
@@ -273,13 +277,12 @@ def test_what_a_source_says_beside_the_maths_is_carried_along(tmp_path):
   assert huggingface.load(saved)[1] == model
 
 
-def test_without_a_generation_config_the_stop_token_is_that_of_the_config(
-    tmp_path):
+def test_without_a_generation_config_that_of_the_config_stops_too(tmp_path):
   source = source_directory(tmp_path / 'a', CONFIG, tokenizer__json='{}')
   params, model = huggingface.load(source)
-  huggingface.save(tmp_path / 'b', params, model, source=source, stop_id=9)
+  huggingface.save(tmp_path / 'b', params, model, source=source, stop_ids=(9,))
   written = json.loads((tmp_path / 'b' / 'generation_config.json').read_text())
-  assert written == {'bos_token_id': 1, 'eos_token_id': 2}
+  assert written == {'bos_token_id': 1, 'eos_token_id': [2, 9]}
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, tensors):

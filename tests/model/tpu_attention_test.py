@@ -148,3 +148,16 @@ def test_it_compiles_for_tpu_with_memory_for_copies_only(
     # Arguments and results with heads first: 0.3 GiB. Scores are 8 GiB.
     assert memory.temp_size_in_bytes < 1.25 * (
         memory.argument_size_in_bytes + memory.output_size_in_bytes)
+
+
+def test_bfloat16_compiles_for_tpu_where_jax_is_set_to_exact_products(topology):
+  sharding = jax.sharding.SingleDeviceSharding(topology('v5e:2x2').devices[0])
+
+  def shape(*dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+  q, k = shape(1, 256, 4, 128), shape(1, 256, 2, 128)
+  meta = rows.TokenMeta(*[shape(1, 256, dtype=jnp.int32)] * 3)
+  with jax.default_matmul_precision('highest'):
+    jax.jit(functools.partial(tpu_attention.forward, block_len=128)).lower(
+        q, k, k, meta, meta).compile()

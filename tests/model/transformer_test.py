@@ -81,6 +81,34 @@ def test_backends_and_recomputation_agree():
       got[is_token], want[is_token], rtol=0, atol=1e-5)
 
 
+@functools.cache
+def gradient_program(remat):
+  """Compiled gradient of eight layers over a row of 1,024 tokens."""
+  model = dataclasses.replace(MODEL, num_layers=8)
+  compute = compute_lib.Compute(attention='blockwise', remat=remat)
+
+  def total(params, tokens, meta):
+    return jnp.sum(transformer.hidden_states(
+        params, tokens, meta, config=model, rules=RULES,
+        compute=compute).states ** 2)
+
+  field = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+  return jax.jit(jax.grad(total)).lower(
+      parameters.abstract(model), field,
+      rows.TokenMeta(field, field, field)).compile()
+
+
+def test_recomputation_saves_memory_and_spares_attention_if_asked():
+  kinds = ('none', 'attention', 'block')
+  programs = [gradient_program(compute_lib.Remat(kind)) for kind in kinds]
+  none, attention, block = (
+      p.memory_analysis().temp_size_in_bytes for p in programs)
+  assert block < attention < none / 3
+  # Attention's loops: forward, backward, and where it is computed again.
+  none, attention, block = (p.as_text().count(' while(') for p in programs)
+  assert none == attention < block
+
+
 def test_fresh_parameters_keep_the_residual_stream_near_one():
   config = dataclasses.replace(MODEL, num_layers=6)
   init = jax.jit(functools.partial(parameters.init, config))

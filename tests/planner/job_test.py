@@ -45,7 +45,8 @@ def test_a_reduced_model_is_planned_for_four_chips(tmp_path, capsys):
   assert run([('stage1', STAGE)], tmp_path, is_searched=False) == 0
   text = capsys.readouterr().out
   for part in ('stage1: 8 prompts of 2,048 tokens',
-               'v5e:2x2: 4 devices on 4 chips', 'mesh seq=2, expert=2', 'FITS on v5e:2x2',
+               'v5e:2x2: 4 devices on 4 chips', 'mesh seq=2, expert=2',
+               'FITS on v5e:2x2',
                f'Compiled by libtpu {topologies.libtpu_version()}',
                'Estimated at the length caps'):
     assert part in text

@@ -11,7 +11,7 @@ import pytest
 from longjax import rows
 from longjax.model import architecture, compute, parameters
 from longjax.parallel import rules as rules_lib
-from longjax.planner import topologies, traffic
+from longjax.planner import topologies, traffic, transfer
 from longjax.train import sft_job
 from tests import tiny_model
 
@@ -69,10 +69,10 @@ def traced(model, rules, **how):
 
 def ours(model, rules, *, remat=compute.Remat.NONE, ring=True):
   found = collections.Counter()
-  for transfer in traffic.of_rows(
+  for one in traffic.of_rows(
       model, rules, num_rows=NUM_ROWS, row_len=ROW_LEN, ring=ring,
       dtype='bfloat16', passes=traffic.passes(remat), with_head=True):
-    found[transfer.purpose] += transfer.num_bytes
+    found[one.purpose] += one.num_bytes
   return found
 
 
@@ -119,12 +119,12 @@ def test_one_device_sends_nothing():
 def test_a_ring_uses_half_the_links_of_a_gather():
   chip = topologies.chip('v5p:2x2x1')
   seconds = {
-      kind: traffic.Transfer(
+      kind: transfer.Transfer(
           purpose='', kind=kind, num_devices=8, num_bytes=1e9).seconds(chip)
-      for kind in traffic.Kind}
-  np.testing.assert_allclose(seconds[traffic.Kind.ONE_WAY], 0.01)
-  np.testing.assert_allclose(seconds[traffic.Kind.BOTH_WAYS], 0.005)
-  np.testing.assert_allclose(seconds[traffic.Kind.SCATTERED], 0.01)
+      for kind in transfer.Kind}
+  np.testing.assert_allclose(seconds[transfer.Kind.ONE_WAY], 0.01)
+  np.testing.assert_allclose(seconds[transfer.Kind.BOTH_WAYS], 0.005)
+  np.testing.assert_allclose(seconds[transfer.Kind.SCATTERED], 0.01)
 
 
 def test_the_sampler_gathers_what_lies_in_pieces():

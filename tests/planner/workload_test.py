@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from longjax.model import compute
-from longjax.planner import estimate, flops, topologies, workload
+from longjax.planner import estimate, flops, layout, topologies, workload
 from longjax.rollout import decode
 from longjax.train import optimizer, sft_job
 from tests import tiny_model
@@ -22,12 +22,12 @@ BLOCKS = compute.Compute(attention='blockwise', block_len=8)
 
 def test_rows_hold_whole_groups_in_multiples():
   # A group takes 16 + 3 * 8 = 40 of 48 tokens.
-  made = workload.layout(STAGE)
+  made = layout.layout(STAGE)
   assert (made.num_groups, made.num_rows, made.rows_at_once) == (10, 12, 4)
-  made = workload.layout(dataclasses.replace(
+  made = layout.layout(dataclasses.replace(
       STAGE, row_len=96, num_microbatches=2))
   assert (made.num_rows, made.rows_at_once) == (8, 4)
-  made = workload.layout(SFT)
+  made = layout.layout(SFT)
   assert (made.num_rows, made.rows_at_once, made.branches) == (8, 4, ())
 
 

@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_trainer(sampler):
   score = step.make_score(
       config=tiny_model.MODEL, rules=tiny_model.rules(),
       compute=compute.Compute(), temperature=SAMPLERS[sampler].temperature)
-  scores = jax.device_get(score(tiny_model.params(), packed)).head
+  scores = jax.device_get(score(tiny_model.params(), packed))
   for name in ('logprobs', 'entropy', 'entropy_t1'):
     trained = batch.unpack(
         getattr(scores, name), packed, max_response_len=MAX_LEN,

@@ -132,7 +132,8 @@ def test_a_run_from_a_base_model_keeps_its_dtype_and_files(run, tmp_path):
   base = tmp_path / 'base'
   huggingface.save(
       base, begin.load(), begin.model, dtype=jnp.bfloat16,
-      source=workdir / 'tokenizer', stop_id=7)
+      source=workdir / 'tokenizer', stop_ids=(*begin.tokenizer.stop_ids, 7),
+      pad_id=begin.tokenizer.pad_id)
   shutil.copytree(workdir, tmp_path / 'run')
   config = json.loads((workdir / 'config.json').read_text())
   (tmp_path / 'run' / 'config.json').write_text(
@@ -151,6 +152,8 @@ def test_a_run_from_a_base_model_keeps_its_dtype_and_files(run, tmp_path):
     ({'output': '.'}, 'output=. is not empty; choose another directory'),
     ({'output': 'file'}, 'output=file is not empty; choose another directory'),
     ({'source': 'other'}, 'is neither the config of a run nor that of a model'),
+    ({'source': 'list'}, 'is neither the config of a run nor that of a model'),
+    ({'output': 'gs://bucket/out'}, 'out is no directory on a disk; write to'),
 ])
 def test_mistakes_are_named_and_leave_nothing(
     run, tmp_path, monkeypatch, change, message):
@@ -158,10 +161,13 @@ def test_mistakes_are_named_and_leave_nothing(
   (tmp_path / 'file').write_text('precious')
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / 'config.json').write_text('{}')
+  (tmp_path / 'list').mkdir()
+  (tmp_path / 'list' / 'config.json').write_text('[]')
   with pytest.raises(types.UserError, match=message):
     convert_job.run(convert_job.ConvertConfig(
         **{'source': str(run[0]), 'output': 'out'} | change))
-  assert {path.name for path in tmp_path.iterdir()} == {'file', 'other'}
+  assert {path.name for path in tmp_path.iterdir()} == {
+      'file', 'list', 'other'}
 
 
 @pytest.mark.parametrize('output', ['out', 'file/out'])
@@ -185,7 +191,11 @@ def test_two_processes_write_what_one_does(tmp_path, output):
           env=os.environ | {
               'XLA_FLAGS': '--xla_force_host_platform_device_count=2'})
       for i in range(2)]
-  told = [process.communicate()[1] for process in processes]
+  try:
+    told = [process.communicate(timeout=300)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   codes = [process.returncode for process in processes]
   if output == 'out':
     assert codes == [0, 0], told

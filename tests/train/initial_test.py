@@ -65,7 +65,7 @@ def saved(directory, path, model):
   made = begin(directory)
   huggingface.save(
       path, made.load(), model, source=directory,
-      stop_id=made.tokenizer.stop_ids[0], pad_id=made.tokenizer.pad_id)
+      stop_ids=made.tokenizer.stop_ids, pad_id=made.tokenizer.pad_id)
   return path
 
 

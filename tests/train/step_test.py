@@ -231,7 +231,7 @@ def test_score_gives_the_logprobs_the_loss_is_formed_from():
       rules=rules, compute=compute.Compute(attention='reference'))
   scores = score(tiny_model.params(), PACKED)
   by_response = batch_lib.unpack(
-      np.asarray(scores.head.logprobs), PACKED, num_responses=12,
+      np.asarray(scores.logprobs), PACKED, num_responses=12,
       max_response_len=8)
   given = tiny_model.extras(ROLLOUTS) | {
       'old_logprobs': by_response, 'sampler_logprobs': by_response}
@@ -241,7 +241,7 @@ def test_score_gives_the_logprobs_the_loss_is_formed_from():
   summary = metrics.summary()
   np.testing.assert_allclose(summary['ratio/mean'], 1.0, atol=1e-6)
   assert summary['gap/logprob_max'] < 1e-6
-  assert not np.asarray(scores.head.logprobs)[~PACKED.loss_mask].any()
+  assert not np.asarray(scores.logprobs)[~PACKED.loss_mask].any()
 
 
 def test_scores_do_not_depend_on_how_many_rows_run_at_once():
@@ -252,7 +252,7 @@ def test_scores_do_not_depend_on_how_many_rows_run_at_once():
         step.make_score(
             config=tiny_model.MODEL, temperature=0.7, rules=rules,
             compute=compute.Compute(attention='reference'), rows_at_once=n)(
-                tiny_model.params(), packed).head
+                tiny_model.params(), packed)
         for n in (0, rows_at_once))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
