@@ -320,8 +320,6 @@ def _all_processes() -> Iterator[None]:
         raise types.UserError(f'--{flag.name} goes with --distributed.')
     yield
     return
-  import jax
-
   from longjax.parallel import processes
 
   processes.start(
@@ -330,12 +328,15 @@ def _all_processes() -> Iterator[None]:
       heartbeat_timeout=_HEARTBEAT_TIMEOUT.value)
   try:
     yield
-  except jax.errors.JaxRuntimeError:
-    # Perhaps only because a connection to a lost process was closed.
-    processes.wait_for_loss(_HEARTBEAT_TIMEOUT.value)
-    raise
-  finally:
+  except (types.UserError, OSError, KeyboardInterrupt):  # Told in one line.
     processes.finish()
+    raise
+  except Exception:
+    # Perhaps only because a connection to a lost process was closed, which
+    # jax reports as one kind of error or another.
+    processes.wait_for_loss(_HEARTBEAT_TIMEOUT.value)
+    processes.fail()
+  processes.finish()
 
 
 def _refuse(error: object) -> NoReturn:

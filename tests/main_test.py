@@ -7,11 +7,13 @@ import pathlib
 import subprocess
 import sys
 import tomllib
+import types as python_types
 
 import pytest
 from ml_collections import config_dict
 
 from longjax import main, types
+from longjax.parallel import processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -280,3 +282,36 @@ def test_the_last_override_of_a_key_wins():
 def test_the_console_script_is_this_main():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   assert project['scripts'] == {'longjax': 'longjax.main:run'}
+
+
+@pytest.mark.parametrize('error, calls', [
+    # A closed connection to a lost process arrives as a ValueError, too.
+    (ValueError('Gloo all-reduce failed: Connection closed by peer'),
+     ['start', 'wait_for_loss', 'fail']),
+    (types.UserError('field=1 must be 2.'), ['start', 'finish']),
+    (KeyboardInterrupt(), ['start', 'finish']),
+])
+def test_an_error_of_one_process_ends_it_or_finds_the_lost_one(
+    monkeypatch, error, calls):
+  made = []
+
+  class Ended(Exception):
+    pass
+
+  def note(name):
+    def called(*_, **__):
+      made.append(name)
+      if name == 'fail':
+        raise Ended
+    return called
+
+  for name in ('start', 'finish', 'wait_for_loss', 'fail'):
+    monkeypatch.setattr(processes, name, note(name))
+  monkeypatch.setattr(
+      main, '_DISTRIBUTED', python_types.SimpleNamespace(value=True))
+  for name in ('_COORDINATOR', '_NUM_PROCESSES', '_PROCESS_ID',
+               '_HEARTBEAT_TIMEOUT'):
+    monkeypatch.setattr(main, name, python_types.SimpleNamespace(value=None))
+  with pytest.raises((Ended, type(error))), main._all_processes():
+    raise error
+  assert made == calls
