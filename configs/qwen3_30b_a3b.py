@@ -50,7 +50,7 @@ def _rl(name):
   return dict(
       job='rl', split=name, steps=steps, num_prompts=128, num_samples=8,
       max_prompt_len=prompt_len, row_len=row_len, row_multiple=rows_at_once,
-      num_microbatches=0,
+      rows_at_once=rows_at_once,
       sampler=dict(
           temperature=0.7, top_p=0.95, max_response_len=response_len),
       optimizer=dict(learning_rate=2e-6))
@@ -80,7 +80,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
         synth=dict(job='synth', examples=dict(splits=(
             _split('sft', 'train', 100, 256 * _K, 1000 * _K),))),
         sft=dict(
-            job='sft', steps=200, num_rows=8, num_microbatches=4,
+            job='sft', steps=200, num_rows=8, rows_at_once=2,
             row_len=_K * _K,
             optimizer=dict(
                 learning_rate=1e-5, schedule='cosine', warmup_steps=10)))

@@ -42,7 +42,7 @@ def _rl(name):
   return dict(
       job='rl', split=name, steps=steps, num_prompts=128, num_samples=8,
       prompts_per_batch=32, max_prompt_len=prompt_len, row_len=row_len,
-      row_multiple=rows_at_once, num_microbatches=0,
+      row_multiple=rows_at_once, rows_at_once=rows_at_once,
       sampler=dict(
           temperature=0.7, top_p=0.95, max_response_len=response_len),
       optimizer=dict(learning_rate=2e-6))

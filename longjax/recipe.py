@@ -168,12 +168,13 @@ def run(
   workdir_lib.use_compilation_cache(copy.remote)
   rules = rules_lib.Rules(mesh_lib.make(config.mesh, devices))
   facts.describe(rules.mesh.devices, seed=config.seed)
-  # Accelerators multiply float32 in fewer bits unless told otherwise.
-  is_exact = config.compute.dtype == 'float32'
-  precision = jax.default_matmul_precision('highest' if is_exact else None)
-  with precision, checkpoint.StopSignal() as stop, checkpoint.Checkpointer(
-      copy.remote / 'checkpoints',
-      keep=config.keep_checkpoints) as checkpointer:
+  with (
+      config.compute.matmul_precision(),
+      checkpoint.StopSignal() as stop,
+      checkpoint.Checkpointer(
+          copy.remote / 'checkpoints',
+          keep=config.keep_checkpoints) as checkpointer,
+  ):
     begin = _begin(config, copy, rules)
     context = run_state.Context(
         workdir=copy.local, publish=copy.publish, seed=config.seed, rules=rules,

@@ -89,8 +89,7 @@ MISTAKES = {
          "config.stages.sft.steps='many' should be an int."),
     'rows that do not divide over the mesh':
         ('conf.py --config.stages.sft.num_rows=12',
-         'num_rows=12 / num_microbatches=1 = 12 rows do not divide over the 8 '
-         'data shards'),
+         'num_rows=12 does not divide over the 8 data shards'),
     'prompts that do not divide over the mesh':
         ('conf.py --config.stages.rl.num_prompts=12',
          'rl.num_prompts=12 does not divide over the 8 data shards'),

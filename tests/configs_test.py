@@ -90,8 +90,7 @@ def trace_update(model, stage, compute):
     num_rows, extras = stage.num_rows, {'num_tokens': f32()}
   update = step_lib.make_update(
       loss, optimizer, config=model, rules=rules,
-      num_microbatches=stage.num_microbatches,
-      rows_at_once=0 if stage.num_microbatches else stage.row_multiple)
+      rows_at_once=stage.rows_at_once)
   before = state_lib.abstract(model, optimizer, rules)
   after, metrics = jax.eval_shape(
       update, before, rows.empty(num_rows, stage.row_len), extras, True)

@@ -51,7 +51,7 @@ def rows():
 
 
 @functools.cache
-def outcome(kind, mesh, num_microbatches=1, **compute):
+def outcome(kind, mesh, rows_at_once=0, **compute):
   """State and metrics after one step."""
   model, rules = MODELS[kind], tiny_model.rules(**dict(mesh))
   loss = functools.partial(
@@ -59,7 +59,7 @@ def outcome(kind, mesh, num_microbatches=1, **compute):
       context=tiny_model.context(rules, model, **compute))
   update = step.make_update(
       loss, OPTIMIZER, config=model, rules=rules,
-      num_microbatches=num_microbatches)
+      rows_at_once=rows_at_once)
   start = state.create(
       tiny_model.params(model=model), model, OPTIMIZER, rules)
   return jax.device_get(
@@ -118,7 +118,7 @@ def test_the_ring_does_too(kind, mesh):
     ('moe', 'attention')])
 def test_recomputation_and_micro_batches_change_nothing(kind, remat):
   got = outcome(
-      kind, key(dict(fsdp=2, seq=2, tensor=2)), num_microbatches=2,
+      kind, key(dict(fsdp=2, seq=2, tensor=2)), rows_at_once=4,
       attention='blockwise', context_parallel='ring', remat=remat)
   assert_same_step(got, outcome(kind, ()))
 

@@ -184,15 +184,15 @@ def adamw_step(params, gradients):
   return norm, new, mu, nu
 
 
-@pytest.mark.parametrize('kind, mesh, num_microbatches', [
-    ('rl', dict(data=8), 1),
-    ('rl', dict(data=2, fsdp=4), 2),
-    ('rl', dict(fsdp=8), 1),
-    ('rl', {}, 16),
-    ('sft', dict(data=2, fsdp=4), 1),
+@pytest.mark.parametrize('kind, mesh, rows_at_once', [
+    ('rl', dict(data=8), 0),
+    ('rl', dict(data=2, fsdp=4), 8),
+    ('rl', dict(fsdp=8), 0),
+    ('rl', {}, 1),
+    ('sft', dict(data=2, fsdp=4), 0),
 ])
 def test_devices_and_micro_batches_take_the_same_step(
-    kind, mesh, num_microbatches):
+    kind, mesh, rows_at_once):
   rules = tiny_model.rules(**mesh)
   optimizer = optimizer_lib.make(
       optimizer_lib.OptimizerConfig(
@@ -201,7 +201,7 @@ def test_devices_and_micro_batches_take_the_same_step(
       num_steps=3)
   update = step.make_update(
       loss_of(kind, made=rules), optimizer, config=tiny_model.MODEL,
-      rules=rules, num_microbatches=num_microbatches)
+      rules=rules, rows_at_once=rows_at_once)
   start = state.create(
       tiny_model.params(), tiny_model.MODEL, optimizer, rules)
   after, metrics = jax.device_get(update(

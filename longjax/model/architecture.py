@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from longjax import types
 
 
@@ -26,6 +28,11 @@ class MoeConfig:
       raise types.UserError(
           f'model.moe.num_active={self.num_active} must lie between 1 and '
           f'num_experts={self.num_experts}.')
+
+  @property
+  def id_dtype(self) -> np.dtype:
+    """The smallest integers that hold an expert's number."""
+    return np.min_scalar_type(self.num_experts - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """How the network is computed: what changes speed and memory, not the maths."""
 
+import contextlib
 import dataclasses
 import enum
 from typing import Any, Literal
@@ -54,6 +55,14 @@ class Compute:
   def activation_dtype(self) -> Any:
     """The dtype as jax knows it."""
     return jnp.dtype(self.dtype)
+
+  def matmul_precision(self) -> contextlib.AbstractContextManager[None]:
+    """Inside, matrix products are as exact as `dtype` says.
+
+    Accelerators multiply float32 in fewer bits unless told otherwise.
+    """
+    is_exact = self.dtype == 'float32'
+    return jax.default_matmul_precision('highest' if is_exact else None)
 
 
 def checkpointed(step: Any, remat: Remat) -> Any:

@@ -28,17 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from longjax import rows
-from longjax.model import meeting_blocks
-
-# Finite stand-ins for -inf. What is invisible is so far below any running
-# maximum that its weight, exp2 of the difference, is exactly zero, even where
-# no key has been seen yet.
-_INVISIBLE = -3e38
-_LOWEST = -1e30
-
-_NN = (((1,), (0,)), ((), ()))
-_NT = (((1,), (1,)), ((), ()))
-_TN = (((0,), (0,)), ((), ()))
+from longjax.model import meeting_blocks as blocks
 
 
 def why_not(
@@ -97,11 +87,11 @@ def forward(
   _check(q, k, v, query_meta, key_meta, block_len)
   length = q.shape[1]
   visits, counts = block_lists(query_meta, key_meta, block_len=block_len)
-  q, k, v = (meeting_blocks.fill_up(x, block_len) for x in (q, k, v))
+  q, k, v = (blocks.fill_up(x, block_len) for x in (q, k, v))
   num_rows, padded_len, num_heads, _ = q.shape
   specs = _query_block_specs(q.shape, k.shape, block_len)
   out, lse = pl.pallas_call(
-      functools.partial(_forward_kernel, scale=_score_scale(q)),
+      functools.partial(_forward_kernel, scale=blocks.score_scale(q.shape[3])),
       grid=(padded_len // block_len, num_heads, num_rows),
       in_specs=specs.inputs,
       out_specs=(specs.heads, specs.statistics),
@@ -115,8 +105,8 @@ def forward(
       name='attention_forward',
   )(
       visits, counts, q, k, v,
-      meeting_blocks.meta_rows(query_meta, block_len),
-      meeting_blocks.meta_rows(key_meta, block_len),
+      blocks.meta_rows(query_meta, block_len),
+      blocks.meta_rows(key_meta, block_len),
   )
   return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
 
@@ -165,21 +155,21 @@ def backward(
   length, key_len = q.shape[1], k.shape[1]
   d_out = d_out.astype(q.dtype)
   q, k, v, d_out, lse, offset = (
-      meeting_blocks.fill_up(x, block_len)
+      blocks.fill_up(x, block_len)
       for x in (q, k, v, d_out, lse, offset))
   # exp2(score - inf) is zero for every key.
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e))
   arrays = (
       q, k, v,
-      meeting_blocks.meta_rows(query_meta, block_len),
-      meeting_blocks.meta_rows(key_meta, block_len),
+      blocks.meta_rows(query_meta, block_len),
+      blocks.meta_rows(key_meta, block_len),
       d_out, jnp.swapaxes(lse, 1, 2), jnp.swapaxes(offset, 1, 2))
   num_rows, padded_len, num_heads, _ = q.shape
   _, padded_key_len, kv_heads, _ = k.shape
 
   specs = _query_block_specs(q.shape, k.shape, block_len)
   dq = pl.pallas_call(
-      functools.partial(_dq_kernel, scale=_score_scale(q)),
+      functools.partial(_dq_kernel, scale=blocks.score_scale(q.shape[3])),
       grid=(padded_len // block_len, num_heads, num_rows),
       in_specs=(
           *specs.inputs, specs.heads, specs.statistics, specs.statistics),
@@ -193,7 +183,7 @@ def backward(
 
   specs = _key_block_specs(q.shape, k.shape, block_len)
   dk, dv = pl.pallas_call(
-      functools.partial(_dkv_kernel, scale=_score_scale(q)),
+      functools.partial(_dkv_kernel, scale=blocks.score_scale(q.shape[3])),
       grid=(padded_key_len // block_len, kv_heads, num_rows),
       in_specs=specs.inputs,
       out_specs=(specs.heads, specs.heads),
@@ -228,7 +218,7 @@ def block_lists(
     Indices of blocks, first those that need no mask, then others that meet,
     then the rest; and how many there are of the first, and of both.
   """
-  meets, is_full = meeting_blocks.meets_and_full(
+  meets, is_full = blocks.meets_and_full(
       query_meta, key_meta, block_len=block_len)
   if by_key:
     meets, is_full = (jnp.swapaxes(x, 1, 2) for x in (meets, is_full))
@@ -310,21 +300,21 @@ def _forward_kernel(
   def visit(i, carry, *, is_full):
     out, total, top = carry
     at = _tokens(visits[i], block_len)
-    scores = _dot(queries, k[at], _NT) * scale
+    scores = blocks.dot(queries, k[at], blocks.NT) * scale
     if not is_full:
       scores = _mask(scores, query_block, _meta(key, at))
     new_top = jnp.maximum(top, jnp.max(scores, axis=1))
     weights = jnp.exp2(scores - new_top[:, None])
     shrink = jnp.exp2(top - new_top)
     values = v[at]
-    out = out * shrink[:, None] + _dot(
-        weights.astype(values.dtype), values, _NN)
+    out = out * shrink[:, None] + blocks.dot(
+        weights.astype(values.dtype), values, blocks.NN)
     return out, total * shrink + jnp.sum(weights, axis=1), new_top
 
   acc, total, top = _visit_all(counts, visit, (
       jnp.zeros(q.shape, jnp.float32),
       jnp.zeros(block_len, jnp.float32),
-      jnp.full(block_len, _LOWEST, jnp.float32)))
+      jnp.full(block_len, blocks.LOWEST, jnp.float32)))
   sees_any = total > 0.0
   total = jnp.where(sees_any, total, 1.0)
   out[...] = (acc / total[:, None]).astype(out.dtype)
@@ -348,7 +338,7 @@ def _dq_kernel(
     _, d_scores = _weights(
         *of_queries, keys, v[at], query_block,
         None if is_full else _meta(key, at), scale)
-    return dq + _dot(d_scores.astype(keys.dtype), keys, _NN)
+    return dq + blocks.dot(d_scores.astype(keys.dtype), keys, blocks.NN)
 
   result = _visit_all(counts, visit, jnp.zeros(q.shape, jnp.float32))
   dq[...] = result * q.shape[1] ** -0.5
@@ -374,8 +364,8 @@ def _dkv_kernel(
           queries, d_outs, lse[j, at], offset[j, at], keys, values,
           _meta(query, at), None if is_full else key_block, scale)
       return (
-          dk + _dot(d_scores.astype(queries.dtype), queries, _TN),
-          dv + _dot(weights.astype(d_outs.dtype), d_outs, _TN),
+          dk + blocks.dot(d_scores.astype(queries.dtype), queries, blocks.TN),
+          dv + blocks.dot(weights.astype(d_outs.dtype), d_outs, blocks.TN),
       )
 
     return _visit_all(counts, visit, carry)
@@ -399,11 +389,11 @@ def _weights(
     queries, d_out, lse, offset, keys, values, query_block, key_block, scale
 ):
   """Weights and, but for `scale`, gradients of scores, f32[C, C] each."""
-  scores = _dot(queries, keys, _NT) * scale
+  scores = blocks.dot(queries, keys, blocks.NT) * scale
   if key_block is not None:
     scores = _mask(scores, query_block, key_block)
   weights = jnp.exp2(scores - lse[:, None])
-  d_weights = _dot(d_out, values, _NT)
+  d_weights = blocks.dot(d_out, values, blocks.NT)
   return weights, weights * (d_weights - offset[:, None])
 
 
@@ -418,24 +408,8 @@ def _meta(ref, at):
 
 
 def _mask(scores, query_block, key_block):
-  return jnp.where(rows.visible(query_block, key_block), scores, _INVISIBLE)
-
-
-def _dot(x, y, dimension_numbers):
-  """Matrix product in the operands' precision, summed in float32."""
-  # Never None: that is jax's default, and kernels of bfloat16 fail to compile
-  # where a user has set it to 'highest'.
-  precision = jax.lax.Precision
-  return jax.lax.dot_general(
-      x, y, dimension_numbers,
-      precision=(
-          precision.HIGHEST if x.dtype == jnp.float32 else precision.DEFAULT),
-      preferred_element_type=jnp.float32)
-
-
-def _score_scale(q):
-  # exp2 is the exponential the hardware has.
-  return q.shape[3] ** -0.5 * math.log2(math.e)
+  return jnp.where(
+      rows.visible(query_block, key_block), scores, blocks.INVISIBLE)
 
 
 def _compiler_params(q):
@@ -454,7 +428,7 @@ def _cost(q, k, *, num_matmuls):
 
 
 def _check(q, k, v, query_meta, key_meta, block_len):
-  meeting_blocks.check_shapes(q, k, v, query_meta, key_meta)
+  blocks.check_shapes(q, k, v, query_meta, key_meta)
   reason = why_not(q.shape, k.shape, q.dtype, block_len=block_len)
   if reason is not None:
     raise ValueError(reason)

@@ -1,13 +1,14 @@
-"""What attention kernels know of blocks of tokens before they run.
+"""What the attention kernels of all platforms share.
 
 Which pairs of a query block and a key block to visit, which of them need no
-mask, and arrays filled up to whole blocks.
+mask, arrays filled up to whole blocks, and products of blocks.
 
 B rows, T query positions, S key positions, C tokens a block, X = ceil(T / C)
 query blocks, Y = ceil(S / C) key blocks of a row.
 """
 
 import functools
+import math
 
 import chex
 import jax
@@ -15,6 +16,36 @@ import jax.numpy as jnp
 
 from longjax import rows
 from longjax.model import flash_attention
+
+# Finite stand-ins for -inf. What is invisible is so far below any running
+# maximum that its weight, exp2 of the difference, is exactly zero, even where
+# no key has been seen yet.
+INVISIBLE = -3e38
+LOWEST = -1e30
+
+# Which dimensions `dot` contracts, of x and of y.
+NN = (((1,), (0,)), ((), ()))
+NT = (((1,), (1,)), ((), ()))
+TN = (((0,), (0,)), ((), ()))
+
+
+def dot(
+    x: jax.Array, y: jax.Array, dimension_numbers: jax.lax.DotDimensionNumbers
+) -> jax.Array:
+  """Matrix product in the operands' precision, summed in float32."""
+  # Never None: that is jax's default, and kernels of bfloat16 fail to compile
+  # where a user has set it to 'highest'.
+  precision = jax.lax.Precision
+  return jax.lax.dot_general(
+      x, y, dimension_numbers,
+      precision=(
+          precision.HIGHEST if x.dtype == jnp.float32 else precision.DEFAULT),
+      preferred_element_type=jnp.float32)
+
+
+def score_scale(head_size: int) -> float:
+  """Of scores whose weights are taken by exp2, the hardware's exponential."""
+  return head_size**-0.5 * math.log2(math.e)
 
 
 def meets_and_full(

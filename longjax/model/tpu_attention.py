@@ -41,26 +41,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from longjax import rows
-from longjax.model import meeting_blocks
+from longjax.model import meeting_blocks as blocks
 
 _FIRST, _LAST, _MEETS, _FULL = 1, 2, 4, 8
 _FLAG_BITS, _INDEX_BITS = 4, 13
 # Scalar memory is 1 MiB; the compiler needs some of it.
 _MAX_PAIRS = 250_000
 
-# Finite stand-ins for -inf. What is invisible is so far below any running
-# maximum that its weight, exp2 of the difference, is exactly zero, even where
-# no key has been seen yet.
-_INVISIBLE = -3e38
-_LOWEST = -1e30
-
 # Each generation since v5 has 64 MiB of vector memory or more; a kernel gets 16
 # unless it asks.
 _VMEM_BYTES = 56 * 2**20
-
-_NN = (((1,), (0,)), ((), ()))
-_NT = (((1,), (1,)), ((), ()))
-_TN = (((0,), (0,)), ((), ()))
 
 
 def why_not(
@@ -149,7 +139,7 @@ def forward(
   pairs, num_pairs = block_pairs(query_meta, key_meta, block_len=block_len)
   query, key = _specs(_kept, _other, stacked, head_size, block_len)
   out, lse = _call(
-      functools.partial(_forward_kernel, scale=_score_scale(head_size)),
+      functools.partial(_forward_kernel, scale=blocks.score_scale(head_size)),
       pairs, num_pairs,
       [
           (query.heads, queries),
@@ -234,7 +224,7 @@ def backward(
         query.heads, query.statistics, query.statistics]
 
   scratch = [pltpu.VMEM((block_len, block_len), jnp.float32)]
-  scale = _score_scale(head_size)
+  scale = blocks.score_scale(head_size)
   query, key = _specs(_kept, _other, stacked, head_size, block_len)
   pairs, num_pairs = block_pairs(query_meta, key_meta, block_len=block_len)
   dq, = _call(
@@ -279,7 +269,7 @@ def block_pairs(
   Returns:
     Pairs as the module's docstring packs them, in order, and their number.
   """
-  meets, is_full = meeting_blocks.meets_and_full(
+  meets, is_full = blocks.meets_and_full(
       query_meta, key_meta, block_len=block_len)
   flags = jnp.where(meets, _MEETS, 0) | jnp.where(is_full, _FULL, 0)
   if by_key:
@@ -391,7 +381,7 @@ def _forward_kernel(
   @pl.when(flags & _FIRST > 0)
   def _():
     acc[...] = jnp.zeros(acc.shape, acc.dtype)
-    top[...] = jnp.full(top.shape, _LOWEST, top.dtype)
+    top[...] = jnp.full(top.shape, blocks.LOWEST, top.dtype)
     total[...] = jnp.zeros(total.shape, total.dtype)
 
   def visit(scores_of):
@@ -405,7 +395,8 @@ def _forward_kernel(
       top[row] = new_top
       total[row] = total[row] * shrink + jnp.sum(
           weights, axis=0, keepdims=True)
-      acc[j] = acc[j] * shrink + _dot(v[...], weights.astype(v.dtype), _TN)
+      acc[j] = acc[j] * shrink + blocks.dot(
+          v[...], weights.astype(v.dtype), blocks.TN)
 
     jax.lax.fori_loop(0, num_heads, head, None)
 
@@ -440,7 +431,7 @@ def _dq_kernel(
   def visit(scores_of):
     def head(j, _):
       _, d_scores = _weights(j, scores_of, v, d_out, lse, offset)
-      dq[j] += _dot(k[...], d_scores.astype(k.dtype), _TN)
+      dq[j] += blocks.dot(k[...], d_scores.astype(k.dtype), blocks.TN)
 
     jax.lax.fori_loop(0, q.shape[0], head, None)
 
@@ -464,8 +455,8 @@ def _dkv_kernel(
   def visit(scores_of):
     def head(j, _):
       weights, d_scores = _weights(j, scores_of, v, d_out, lse, offset)
-      dv[...] += _dot(weights.astype(d_out.dtype), d_out[j], _NN)
-      dk[...] += _dot(d_scores.astype(q.dtype), q[j], _NN)
+      dv[...] += blocks.dot(weights.astype(d_out.dtype), d_out[j], blocks.NN)
+      dk[...] += blocks.dot(d_scores.astype(q.dtype), q[j], blocks.NN)
 
     jax.lax.fori_loop(0, q.shape[0], head, None)
 
@@ -476,7 +467,7 @@ def _visit(flags, visit, q, k, query, key, bias, scale):
   """Calls `visit` with scores of a head, masked only where they must be."""
 
   def scores_of(j):
-    return _dot(k[...], q[j], _NT) * scale  # f32[C keys, C queries]
+    return blocks.dot(k[...], q[j], blocks.NT) * scale  # f32[C keys, C queries]
 
   @pl.when(flags & _FULL > 0)
   def _():
@@ -493,7 +484,7 @@ def _visit(flags, visit, q, k, query, key, bias, scale):
         & ((k_branch == 0) | (k_branch == q_branch))
         & (k_position <= q_position)
     )
-    bias[...] = jnp.where(is_visible, 0.0, _INVISIBLE)
+    bias[...] = jnp.where(is_visible, 0.0, blocks.INVISIBLE)
     visit(lambda j: scores_of(j) + bias[...])
 
 
@@ -501,28 +492,12 @@ def _weights(j, scores_of, v, d_out, lse, offset):
   """Weights of head j and the gradient of its scores, f32[C, C] each."""
   row = pl.ds(j, 1)
   weights = jnp.exp2(scores_of(j) - lse[row])
-  d_weights = _dot(v[...], d_out[j], _NT)
+  d_weights = blocks.dot(v[...], d_out[j], blocks.NT)
   return weights, weights * (d_weights - offset[row])
 
 
-def _dot(x, y, dimension_numbers):
-  """Matrix product in the operands' precision, summed in float32."""
-  # Never None: that is jax's default, and kernels of bfloat16 fail to compile
-  # where a user has set it to 'highest'.
-  precision = jax.lax.Precision
-  return jax.lax.dot_general(
-      x, y, dimension_numbers,
-      precision=(
-          precision.HIGHEST if x.dtype == jnp.float32 else precision.DEFAULT),
-      preferred_element_type=jnp.float32)
-
-
-def _score_scale(head_size):
-  return head_size ** -0.5 * math.log2(math.e)
-
-
 def _check(q, k, v, query_meta, key_meta, block_len):
-  meeting_blocks.check_shapes(q, k, v, query_meta, key_meta)
+  blocks.check_shapes(q, k, v, query_meta, key_meta)
   reason = why_not(q.shape, k.shape, q.dtype, block_len=block_len)
   if reason is not None:
     raise ValueError(reason)
@@ -533,13 +508,13 @@ def _end_to_end(
     block_len: int,
 ) -> jax.Array:  # [X * C, ...]
   """Rows of whole blocks, one after another."""
-  x = meeting_blocks.fill_up(x, block_len)
+  x = blocks.fill_up(x, block_len)
   return x.reshape(-1, *x.shape[2:])
 
 
 def _meta_rows(meta, block_len):
   """i32[B, T] thrice -> i32[3, X * C]."""
-  return meeting_blocks.meta_rows(meta, block_len).reshape(3, -1)
+  return blocks.meta_rows(meta, block_len).reshape(3, -1)
 
 
 def _key_heads(x, block_len):

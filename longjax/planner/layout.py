@@ -36,7 +36,7 @@ def layout(stage: Stage) -> Layout:
   if isinstance(stage, sft_job.SupervisedConfig):
     return Layout(
         num_rows=stage.num_rows, num_groups=stage.num_rows,
-        rows_at_once=stage.num_rows // stage.num_microbatches,
+        rows_at_once=stage.rows_at_once or stage.num_rows,
         num_prefix=stage.row_len, branches=())
   # As `rows.pack` writes them: branches begin with the last prompt token.
   num_prefix = stage.max_prompt_len - 1
@@ -47,8 +47,7 @@ def layout(stage: Stage) -> Layout:
   num_rows = -(-num_rows // stage.row_multiple) * stage.row_multiple
   return Layout(
       num_rows=num_rows, num_groups=num_groups, num_prefix=num_prefix,
-      branches=branches,
-      rows_at_once=rl_stage.rows_at_once(stage, num_rows))
+      branches=branches, rows_at_once=stage.rows_at_once or num_rows)
 
 
 def prompts_at_once(stage: rl_stage.RlStage) -> int:

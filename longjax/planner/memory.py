@@ -12,7 +12,12 @@ from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
 from longjax.planner import flops, layout
+from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_stage
+
+# Of a parameter; a factored mean square is next to nothing.
+_BYTES_OF_MOMENTS = {
+    optimizer_lib.Moments.FULL: 8, optimizer_lib.Moments.FACTORED: 2}
 
 
 def _matrix_share(model: architecture.ModelConfig, rules: rules_lib.Rules):
@@ -66,7 +71,10 @@ def least(
   """Bytes of one device without which a program cannot be, whatever else."""
   width = jnp.dtype(compute.dtype).itemsize
   pieces = rules.size('embed') * rules.size('heads')
-  state = 12.0 * flops.num_parameters(model) / pieces
+  # Float32 parameters, and what is remembered of gradients.
+  parameters = 4.0 * flops.num_parameters(model) / pieces
+  state = parameters + parameters / 4 * _BYTES_OF_MOMENTS[
+      stage.optimizer.moments]
   if name == 'update':
     made = layout.layout(stage)
     tokens = made.rows_at_once * stage.row_len / (
@@ -77,7 +85,7 @@ def least(
     if compute.remat is compute_lib.Remat.ATTENTION:
       kept += model.num_heads * model.head_dim / rules.size('heads')
     # Gradients are as large as parameters.
-    return 4 / 3 * state + tokens * kept * model.num_layers * width
+    return state + parameters + tokens * kept * model.num_layers * width
   if name == 'score':
     return state
   assert isinstance(stage, rl_stage.RlStage)

@@ -11,7 +11,6 @@ import functools
 
 from absl import logging
 
-from longjax import types
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import mesh as mesh_lib
@@ -101,6 +100,13 @@ def resolve(
   return mesh_lib.MeshConfig(**mesh_lib.sizes(config, num_devices))
 
 
+def mesh_text(mesh: mesh_lib.MeshConfig) -> str:
+  """'fsdp=8, seq=16'."""
+  return ', '.join(
+      f'{axis}={size}' for axis, size in dataclasses.asdict(mesh).items()
+      if size > 1) or 'one device'
+
+
 @functools.cache
 def _rules(mesh: mesh_lib.MeshConfig, topology: str) -> rules_lib.Rules:
   return rules_lib.Rules(
@@ -117,9 +123,7 @@ def compiled(question: Question, name: layout.Name) -> programs.Facts:
   shapes = question.shapes()
   logging.info(
       'Compiling %s for %s (%s).', name, question.topology,
-      ', '.join(f'{axis}={size}' for axis, size in
-                dataclasses.asdict(question.mesh).items() if size > 1)
-      or 'one device')
+      mesh_text(question.mesh))
   return programs.compile_facts(
       name, shapes, is_optimized=question.is_optimized)
 
@@ -145,16 +149,8 @@ def make(question: Question) -> StagePlan:
 
 def check(question: Question) -> None:
   """Refuses batches that do not divide over the mesh, as the jobs do."""
-  shapes = question.shapes()
-  stage = question.stage
-  if not isinstance(stage, rl_stage.RlStage):
-    sft_job.check(stage, shapes.context)
-    return
-  rl_stage.check(stage, shapes.context)
-  num_prompts, shards = (
-      layout.prompts_at_once(stage), shapes.rules.size('batch'))
-  if num_prompts % shards:
-    raise types.UserError(
-        f'{num_prompts} prompts at once (rl.prompts_per_batch, or '
-        f'rl.num_prompts) do not divide over the {shards} data shards; use a '
-        f'multiple of {shards}.')
+  stage, context = question.stage, question.shapes().context
+  if isinstance(stage, rl_stage.RlStage):
+    rl_stage.check(stage, context)
+  else:
+    sft_job.check(stage, context)

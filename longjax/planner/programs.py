@@ -107,7 +107,7 @@ class Shapes:
       assert self.model.moe is not None
       made = made.replace(expert_ids=self.array(
           (*shape, self.model.num_layers, self.model.moe.num_active),
-          jnp.uint8, 'batch', 'seq', None, None))
+          self.model.moe.id_dtype, 'batch', 'seq', None, None))
     return made
 
 
@@ -153,7 +153,7 @@ def score(shapes: Shapes) -> Program:
   jitted = step_lib.make_score(
       config=shapes.model, temperature=stage.sampler.temperature,
       rules=shapes.rules, compute=shapes.compute,
-      rows_at_once=0 if stage.num_microbatches else stage.row_multiple)
+      rows_at_once=stage.rows_at_once)
   return jitted, (_params(shapes), shapes.rows(made.num_rows))
 
 
@@ -239,8 +239,9 @@ def compile_facts(
       shapes.model, optimizer(shapes.stage), shapes.rules)
   # The update's arguments are the whole state, others get parameters only.
   beside = 0 if name == 'update' else bytes_on_device(state.opt_state)
-  jitted, arguments = PROGRAMS[name](shapes)
-  lowered = jitted.lower(*arguments)
+  with shapes.compute.matmul_precision():
+    jitted, arguments = PROGRAMS[name](shapes)
+    lowered = jitted.lower(*arguments)
   with _optimization(is_optimized):
     try:
       memory = lowered.compile().memory_analysis()

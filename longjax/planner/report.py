@@ -13,7 +13,6 @@ import rich.console
 import rich.table
 
 from longjax import config
-from longjax.parallel import mesh as mesh_lib
 from longjax.planner import flops, plan, search, topologies
 from longjax.train import rl_stage
 
@@ -54,19 +53,12 @@ def show(planned: Planned, stream: TextIO) -> None:
       f'{question.topology}: '
       f'{topologies.num_devices(question.topology)} devices on '
       f'{topologies.num_chips(question.topology)} chips; '
-      f'mesh {mesh(question.mesh)}')
+      f'mesh {plan.mesh_text(question.mesh)}')
   console.print(_attention(planned.plan) + '\n')
   console.print(_memory(planned.plan, box))
   console.print(_speed(planned.plan, box))
   for line in verdict(planned):
     console.print(line)
-
-
-def mesh(sizes: mesh_lib.MeshConfig) -> str:
-  """'fsdp=8, seq=16'."""
-  return ', '.join(
-      f'{axis}={size}' for axis, size in dataclasses.asdict(sizes).items()
-      if size > 1) or 'one device'
 
 
 def _stage(stage: Any) -> str:
@@ -205,7 +197,7 @@ def verdict(planned: Planned) -> list[str]:
     asked = planned.smallest.question
     lines.append(
         f'Smallest listed topology that fits: {asked.topology} with mesh '
-        f'{mesh(asked.mesh)} (compiled).')
+        f'{plan.mesh_text(asked.mesh)} (compiled).')
   return lines
 
 

@@ -177,11 +177,12 @@ def moved(question: plan.Question, topology: str) -> plan.Question | None:
       num_prompts = at_once(layout.prompts_at_once(stage))
       stage = dataclasses.replace(
           stage, row_multiple=at_once(stage.row_multiple),
+          rows_at_once=stage.rows_at_once and at_once(stage.rows_at_once),
           prompts_per_batch=min(num_prompts, stage.num_prompts))
     else:
-      rows_at_once = at_once(stage.num_rows // stage.num_microbatches)
+      rows_at_once = at_once(stage.rows_at_once or stage.num_rows)
       stage = dataclasses.replace(
-          stage, num_microbatches=max(stage.num_rows // rows_at_once, 1))
+          stage, rows_at_once=min(rows_at_once, stage.num_rows))
     found = dataclasses.replace(
         question, stage=stage, mesh=mesh, topology=topology)
     plan.check(found)

@@ -15,6 +15,8 @@ from typing import Any
 from absl import app, flags
 
 from longjax import types
+from longjax.parallel import mesh as mesh_lib
+from longjax.planner import plan
 
 _OUTPUT = flags.DEFINE_string(
     'output', None, 'File that holds the marks; default: standard output.')
@@ -32,8 +34,8 @@ def table(plans: Sequence[Mapping[str, Any]]) -> str:
       'compiled in, CPU s', 'update at best, s', 'bound by', 'MFU at best',
       'step at best, s', 'longest that fits', 'smallest slice')
   lines = [head, ['---'] * len(head)]
-  lines += [_row(plan['config'], stage)
-            for plan in plans for stage in plan['stages']]
+  lines += [_row(content['config'], stage)
+            for content in plans for stage in content['stages']]
   return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 
 
@@ -42,7 +44,7 @@ def _row(config_file: str, stage: Mapping[str, Any]) -> list[str]:
   update = programs['update']['roofline']
 
   def mesh(sizes):
-    return ', '.join(f'{k}={v}' for k, v in sizes.items() if v > 1) or '-'
+    return plan.mesh_text(mesh_lib.MeshConfig(**sizes))
 
   def gib(name):
     if name not in programs:

@@ -154,4 +154,5 @@ def libtpu_version() -> str:
   except metadata.PackageNotFoundError as error:
     raise types.UserError(
         '--plan compiles with libtpu, which is not installed: '
-        "pip install 'longjax[tpu]' (Linux, no TPU needed).") from error
+        'LONGJAX_EXTRAS=tpu bash launch/local.sh installs it (Linux, no TPU '
+        'needed).') from error

@@ -8,7 +8,6 @@ D model, V vocabulary.
 """
 
 import dataclasses
-from typing import Any
 
 import chex
 import jax
@@ -135,7 +134,7 @@ def _start(
   if moe_config:
     expert_ids = jnp.zeros(
         (*shape, max_len, num_layers, moe_config.num_active),
-        _expert_dtype(moe_config))
+        moe_config.id_dtype)
   return _Carry(
       step=jnp.int32(0),
       token=jnp.broadcast_to(batch.last_token[:, None], shape),
@@ -297,21 +296,15 @@ def generate(
   if prefilled.order is not None:
     in_prefix = token_order.reorder(
         in_prefix, token_order.inverse(prefilled.order))
+  assert config.moe is not None
   return dataclasses.replace(
-      rollouts,
-      prompt_expert_ids=in_prefix.astype(_expert_dtype(config.moe)))
+      rollouts, prompt_expert_ids=in_prefix.astype(config.moe.id_dtype))
 
 
 def _by_token(routing: moe.Routing | None) -> jax.Array:
   """Expert ids i32[L, ..., A] of a scan over layers as [..., L, A]."""
   assert routing is not None, 'the network has no experts'
   return jnp.moveaxis(routing.expert_ids, 0, -2)
-
-
-def _expert_dtype(config: architecture.MoeConfig | None) -> Any:
-  """The smallest that holds an expert's number."""
-  assert config is not None
-  return jnp.uint8 if config.num_experts <= 256 else jnp.uint16
 
 
 def _for_sampling(

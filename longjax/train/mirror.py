@@ -167,7 +167,7 @@ def reporting(path: pathlib.Path | epath.Path) -> Iterator[None]:
   except ImportError as error:
     raise types.UserError(
         f'{path} needs a package that is not installed ({error}); for gs:// '
-        "install 'longjax[gcs]'.") from error
+        'LONGJAX_EXTRAS=gcs bash launch/local.sh installs it.') from error
   # Their clients raise what they like: gcsfs has errors of its own, and lets
   # those of google.auth and aiohttp through.
   except Exception as error:

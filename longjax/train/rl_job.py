@@ -126,8 +126,6 @@ class RlJob:
         stop_ids=context.tokenizer.stop_ids, rules=context.rules,
         compute=context.compute, record_experts=stage.replay_experts)
 
-    at_once = 0 if stage.num_microbatches else stage.row_multiple
-
     def stage_loss(params, packed, extras):
       return loss(params, packed, extras, stage=stage, context=context)
 
@@ -137,10 +135,11 @@ class RlJob:
             stage.optimizer, num_steps=(
                 stage.steps * stage.num_minibatches * stage.num_epochs)),
         config=context.model, rules=context.rules,
-        num_microbatches=stage.num_microbatches, rows_at_once=at_once)
+        rows_at_once=stage.rows_at_once)
     self._score_rows = step_lib.make_score(
         config=context.model, temperature=stage.sampler.temperature,
-        rules=context.rules, compute=context.compute, rows_at_once=at_once)
+        rules=context.rules, compute=context.compute,
+        rows_at_once=stage.rows_at_once)
 
   def step(
       self, state: run_state.RunState, stage_step: int, global_step: int

@@ -30,8 +30,8 @@ class RlStage:
     row_multiple: rows are rounded up to a multiple of this.
     num_minibatches: updates per batch; more than 1 is off policy.
     num_epochs: passes over the batch; more than 1 is off policy.
-    num_microbatches: parts an update is split into; 0 makes one of every
-      `row_multiple` rows, so that memory does not grow with the batch.
+    rows_at_once: rows of a micro-batch, in scoring and in updates; memory then
+      does not grow with the batch. 0 means all.
     optimizer: see there.
     advantage: see there.
     aepo: see there.
@@ -61,7 +61,7 @@ class RlStage:
   row_multiple: int = 1
   num_minibatches: int = 1
   num_epochs: int = 1
-  num_microbatches: int = 1
+  rows_at_once: int = 0
   optimizer: optimizer_lib.OptimizerConfig
   advantage: advantage_lib.AdvantageConfig = advantage_lib.AdvantageConfig()
   aepo: entropy_control.AepoConfig = entropy_control.AepoConfig()
@@ -78,7 +78,7 @@ class RlStage:
                  'rollouts_every'):
       if getattr(self, name) < 1:
         raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 1.')
-    for name in ('num_microbatches', 'prompts_per_batch'):
+    for name in ('rows_at_once', 'prompts_per_batch'):
       if getattr(self, name) < 0:
         raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 0.')
     advantage_lib.check_group_size(self.num_samples)
@@ -86,10 +86,10 @@ class RlStage:
       raise types.UserError(
           f'rl.num_prompts={self.num_prompts} is not a multiple of '
           f'rl.num_minibatches={self.num_minibatches}.')
-    if self.row_multiple % max(self.num_microbatches, 1):
+    if self.row_multiple % (self.rows_at_once or 1):
       raise types.UserError(
           f'rl.row_multiple={self.row_multiple} is not a multiple of '
-          f'rl.num_microbatches={self.num_microbatches}.')
+          f'rl.rows_at_once={self.rows_at_once}.')
     longest = (self.max_prompt_len
                + self.num_samples * self.sampler.max_response_len)
     if self.row_len < longest:
@@ -109,13 +109,6 @@ class RlStage:
           "rl.loss.objective='off_policy'.")
 
 
-def rows_at_once(stage: RlStage, num_rows: int) -> int:
-  """Rows of each part of an update of `num_rows`."""
-  if stage.num_microbatches:
-    return num_rows // stage.num_microbatches
-  return stage.row_multiple
-
-
 def check(stage: RlStage, context: run_state.Context) -> None:
   """Refuses batches and rows that do not divide over the mesh."""
   if stage.replay_experts and context.model.moe is None:
@@ -127,16 +120,11 @@ def check(stage: RlStage, context: run_state.Context) -> None:
         f'rl.{name}', getattr(stage, name), context.rules.size('seq'))
   shards = context.rules.size('batch')
   sampled = 'prompts_per_batch' if stage.prompts_per_batch else 'num_prompts'
-  for name in (sampled, 'row_multiple'):
+  # Rows of a micro-batch divide those of any batch.
+  rows_of_part = 'rows_at_once' if stage.rows_at_once else 'row_multiple'
+  for name in (sampled, rows_of_part):
     if getattr(stage, name) % shards:
       raise types.UserError(
           f'rl.{name}={getattr(stage, name)} does not divide over the '
           f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
           f'use a multiple of {shards}.')
-  least = rows_at_once(stage, stage.row_multiple)
-  if least % shards:
-    raise types.UserError(
-        f'rl.row_multiple={stage.row_multiple} / rl.num_microbatches='
-        f'{stage.num_microbatches} = {least} rows do not divide over '
-        f'the {shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
-        f'use a multiple of {stage.num_microbatches * shards} rows.')

@@ -33,24 +33,24 @@ class SupervisedConfig:
     steps: optimizer steps.
     num_rows: B, rows of a batch.
     row_len: T, tokens of a row.
-    num_microbatches: parts a batch is split into.
+    rows_at_once: rows of a micro-batch; 0 means all.
     optimizer: see there.
   """
 
   steps: int
   num_rows: int
   row_len: int
-  num_microbatches: int = 1
+  rows_at_once: int = 0
   optimizer: optimizer_lib.OptimizerConfig
 
   def __post_init__(self):
-    for name in ('steps', 'num_rows', 'row_len', 'num_microbatches'):
+    for name in ('steps', 'num_rows', 'row_len'):
       if getattr(self, name) < 1:
         raise types.UserError(f'{name}={getattr(self, name)} must be >= 1.')
-    if self.num_rows % self.num_microbatches:
+    if self.rows_at_once < 0 or self.num_rows % (self.rows_at_once or 1):
       raise types.UserError(
-          f'num_rows={self.num_rows} is not a multiple of '
-          f'num_microbatches={self.num_microbatches}.')
+          f'rows_at_once={self.rows_at_once} must be 0 or divide '
+          f'num_rows={self.num_rows}.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,14 +137,14 @@ def loss(
 def check(stage: SupervisedConfig, context: run_state.Context) -> None:
   """Refuses batches and rows that do not divide over the mesh."""
   token_order.check_len('row_len', stage.row_len, context.rules.size('seq'))
-  rows_at_once = stage.num_rows // stage.num_microbatches
   shards = context.rules.size('batch')
-  if rows_at_once % shards:
+  # Those of a micro-batch divide the others.
+  name = 'rows_at_once' if stage.rows_at_once else 'num_rows'
+  if getattr(stage, name) % shards:
     raise types.UserError(
-        f'num_rows={stage.num_rows} / num_microbatches='
-        f'{stage.num_microbatches} = {rows_at_once} rows do not divide over '
-        f'the {shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
-        f'use a multiple of {shards}.')
+        f'{name}={getattr(stage, name)} does not divide over the {shards} data '
+        f'shards of mesh {dict(context.rules.mesh.shape)}; use a multiple of '
+        f'{shards}.')
 
 
 def batches(
@@ -193,7 +193,7 @@ def run(
       stage_loss,
       optimizer_lib.make(stage.optimizer, num_steps=stage.steps),
       config=context.model, rules=context.rules,
-      num_microbatches=stage.num_microbatches)
+      rows_at_once=stage.rows_at_once)
   # Makes the next batch while this one is computed; its state is that of the
   # batches handed out.
   iterator = iter(grain.experimental.ThreadPrefetchIterDataset(

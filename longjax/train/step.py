@@ -136,7 +136,6 @@ def make_update(
     *,
     config: architecture.ModelConfig,
     rules: rules_lib.Rules,
-    num_microbatches: int = 1,
     rows_at_once: int = 0,
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """Compiles one optimizer step.
@@ -146,9 +145,8 @@ def make_update(
     optimizer: what turns gradients into updates.
     config: sizes of the network.
     rules: logical axes to mesh axes.
-    num_microbatches: M; rows are split into M parts run one after another.
-    rows_at_once: of each part, in place of M; memory then does not grow with
-      the number of rows. 0 means M parts.
+    rows_at_once: rows run one after another in parts of so many, so that
+      memory does not grow with their number; 0 means all.
 
   Returns:
     `update(state, rows, extras, is_applied)`; the state's buffers are donated.
@@ -159,12 +157,10 @@ def make_update(
   gradient = jax.value_and_grad(loss, has_aux=True)
 
   def accumulate(params, batch, extras):
-    num_parts = num_microbatches
-    if rows_at_once:
-      num_parts = batch.tokens.shape[0] // rows_at_once
-    if num_parts == 1:
+    num_rows = batch.tokens.shape[0]
+    if rows_at_once in (0, num_rows):
       return gradient(params, batch, extras)
-    parts = _parts(batch, num_parts)
+    parts = _parts(batch, num_rows // rows_at_once)
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),

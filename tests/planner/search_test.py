@@ -22,10 +22,10 @@ from tests import tiny_model
 GIB = 1024**3
 STAGE = tiny_model.rl_stage(
     num_prompts=32, num_samples=4, max_prompt_len=4096, row_len=8192,
-    row_multiple=8, num_microbatches=0,
+    row_multiple=8, rows_at_once=8,
     sampler=decode.SamplerConfig(max_response_len=1024))
 SFT = sft_job.SftStage(
-    steps=1, num_rows=16, num_microbatches=2, row_len=8192,
+    steps=1, num_rows=16, rows_at_once=8, row_len=8192,
     optimizer=optimizer.OptimizerConfig(learning_rate=1e-5))
 
 

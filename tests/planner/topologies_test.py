@@ -55,5 +55,5 @@ def test_without_libtpu_the_remedy_is_named(monkeypatch):
     raise topologies.metadata.PackageNotFoundError(name)
 
   monkeypatch.setattr(topologies.metadata, 'version', missing)
-  with pytest.raises(types.UserError, match=r"pip install 'longjax\[tpu\]'"):
+  with pytest.raises(types.UserError, match='LONGJAX_EXTRAS=tpu'):
     topologies.devices('v5e:2x2')

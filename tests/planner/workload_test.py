@@ -12,10 +12,10 @@ from tests import tiny_model
 
 STAGE = tiny_model.rl_stage(
     num_prompts=10, num_samples=3, max_prompt_len=17, row_len=48,
-    row_multiple=4, num_microbatches=0,
+    row_multiple=4, rows_at_once=4,
     sampler=decode.SamplerConfig(max_response_len=8))
 SFT = sft_job.SftStage(
-    steps=1, num_rows=8, num_microbatches=2, row_len=64,
+    steps=1, num_rows=8, rows_at_once=4, row_len=64,
     optimizer=optimizer.OptimizerConfig(learning_rate=1e-5))
 BLOCKS = compute.Compute(attention='blockwise', block_len=8)
 
@@ -25,8 +25,8 @@ def test_rows_hold_whole_groups_in_multiples():
   made = layout.layout(STAGE)
   assert (made.num_groups, made.num_rows, made.rows_at_once) == (10, 12, 4)
   made = layout.layout(dataclasses.replace(
-      STAGE, row_len=96, num_microbatches=2))
-  assert (made.num_rows, made.rows_at_once) == (8, 4)
+      STAGE, row_len=96, rows_at_once=0))
+  assert (made.num_rows, made.rows_at_once) == (8, 8)
   made = layout.layout(SFT)
   assert (made.num_rows, made.rows_at_once, made.branches) == (8, 4, ())
 

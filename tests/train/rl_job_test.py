@@ -271,8 +271,8 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
     (dict(steps=0), 'rl.steps=0'),
     (dict(num_samples=1), 'num_samples=1'),
     (dict(num_minibatches=3), 'not a multiple of rl.num_minibatches=3'),
-    (dict(num_microbatches=3), 'not a multiple of rl.num_microbatches=3'),
-    (dict(num_microbatches=-1), 'rl.num_microbatches=-1 must be >= 0'),
+    (dict(rows_at_once=3), 'not a multiple of rl.rows_at_once=3'),
+    (dict(rows_at_once=-1), 'rl.rows_at_once=-1 must be >= 0'),
     (dict(prompts_per_batch=-1), 'rl.prompts_per_batch=-1 must be >= 0'),
     (dict(row_len=57), r'rl.row_len=57 cannot hold.*at least 58'),
     (dict(sampler=decode.SamplerConfig(temperature=0.0, max_response_len=6)),
@@ -289,8 +289,8 @@ def test_impossible_stages_are_refused(overrides, message):
     (dict(row_multiple=4), 'rl.row_multiple=4 does not divide over the 8 data'),
     (dict(row_multiple=8, prompts_per_batch=4),
      'rl.prompts_per_batch=4 does not divide over the 8 data'),
-    (dict(row_multiple=8, num_microbatches=2),
-     '= 4 rows do not divide over the 8 data.* multiple of 16 rows'),
+    (dict(row_multiple=8, rows_at_once=4),
+     'rl.rows_at_once=4 does not divide over the 8 data.* multiple of 8'),
 ])
 def test_batches_that_do_not_divide_over_the_mesh_are_refused(
     overrides, message):

@@ -21,7 +21,7 @@ def sft(**overrides):
 @pytest.mark.parametrize('overrides, message', [
     (dict(steps=0), 'steps=0 must be >= 1'),
     (dict(row_len=0), 'row_len=0 must be >= 1'),
-    (dict(num_microbatches=3), 'num_rows=8 is not a multiple of'),
+    (dict(rows_at_once=3), 'rows_at_once=3 must be 0 or divide num_rows=8'),
     (dict(reasoning_fraction=1.5), 'reasoning_fraction=1.5'),
     (dict(lookahead=0), 'lookahead=0'),
 ])
@@ -41,13 +41,13 @@ def test_texts_longer_than_a_row_are_refused():
     pretrain(63)
 
 
-@pytest.mark.parametrize('num_microbatches, rows_at_once', [(1, 12), (3, 4)])
-def test_rows_that_do_not_divide_over_the_mesh_are_refused(
-    num_microbatches, rows_at_once):
+@pytest.mark.parametrize('overrides, message', [
+    (dict(num_rows=12), 'num_rows=12 does not divide over the 8'),
+    (dict(num_rows=24, rows_at_once=4), 'rows_at_once=4 does not divide over'),
+])
+def test_rows_that_do_not_divide_over_the_mesh_are_refused(overrides, message):
   context = python_types.SimpleNamespace(
       rules=tiny_model.rules(data=2, fsdp=4))
-  sft_job.check(sft(num_rows=24, num_microbatches=3), context)
-  with pytest.raises(
-      types.UserError, match=f'= {rows_at_once} rows do not divide over the 8'):
-    sft_job.check(
-        sft(num_rows=12, num_microbatches=num_microbatches), context)
+  sft_job.check(sft(num_rows=24, rows_at_once=8), context)
+  with pytest.raises(types.UserError, match=message):
+    sft_job.check(sft(**overrides), context)
