@@ -30,13 +30,15 @@ from longjax import types
 VARIANTS = ('stage1', 'stage2', 'stage3', 'sft_1m')
 
 _K = 1024
-# Name: prompt cap, response cap, row length, rows at once, steps. A row holds a
-# prompt and its eight longest responses, in whole blocks of 512 tokens on each
-# of 16 devices. The more rows at once, the less often weights are gathered.
+# Name: prompt cap, response cap, row lengths in K, steps. The longest rows hold
+# one or more prompts with their eight longest responses, in whole blocks of 512
+# tokens on each of 16 devices; there are 8 at once, one for each device along
+# `expert`. The longer they are, the less often weights are gathered, and the
+# less is wasted between groups. Shorter rows take what is left over.
 _STAGES = {
-    'stage1': (20 * _K, 12 * _K, 128 * _K, 32, 105),
-    'stage2': (60 * _K, 20 * _K, 224 * _K, 16, 50),
-    'stage3': (120 * _K, 50 * _K, 520 * _K, 8, 48),
+    'stage1': (20 * _K, 12 * _K, (64, 240, 480), 105),
+    'stage2': (60 * _K, 20 * _K, (128, 224, 448), 50),
+    'stage3': (120 * _K, 50 * _K, (176, 264, 520), 48),
 }
 
 
@@ -46,11 +48,11 @@ def _split(name, names, num_per_task, shortest, longest):
 
 
 def _rl(name):
-  prompt_len, response_len, row_len, rows_at_once, steps = _STAGES[name]
+  prompt_len, response_len, row_lens, steps = _STAGES[name]
   return dict(
       job='rl', split=name, steps=steps, num_prompts=128, num_samples=8,
-      max_prompt_len=prompt_len, row_len=row_len, row_multiple=rows_at_once,
-      rows_at_once=rows_at_once,
+      max_prompt_len=prompt_len,
+      row_lens=tuple(row_len * _K for row_len in row_lens),
       sampler=dict(
           temperature=0.7, top_p=0.95, max_response_len=response_len),
       optimizer=dict(learning_rate=2e-6))

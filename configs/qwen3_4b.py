@@ -29,20 +29,20 @@ from longjax import types
 VARIANTS = ('stage1', 'stage2', 'stage3')
 
 _K = 1024
-# Name: prompt cap, response cap, row length, rows at once, steps.
+# Name: prompt cap, response cap, row lengths in K, steps.
 _STAGES = {
-    'stage1': (20 * _K, 12 * _K, 128 * _K, 8, 105),
-    'stage2': (60 * _K, 20 * _K, 224 * _K, 4, 50),
-    'stage3': (120 * _K, 50 * _K, 520 * _K, 2, 48),
+    'stage1': (20 * _K, 12 * _K, (64, 240, 480), 105),
+    'stage2': (60 * _K, 20 * _K, (128, 224, 448), 50),
+    'stage3': (120 * _K, 50 * _K, (176, 264, 520), 48),
 }
 
 
 def _rl(name):
-  prompt_len, response_len, row_len, rows_at_once, steps = _STAGES[name]
+  prompt_len, response_len, row_lens, steps = _STAGES[name]
   return dict(
       job='rl', split=name, steps=steps, num_prompts=128, num_samples=8,
-      prompts_per_batch=32, max_prompt_len=prompt_len, row_len=row_len,
-      row_multiple=rows_at_once, rows_at_once=rows_at_once,
+      prompts_at_once=32, max_prompt_len=prompt_len,
+      row_lens=tuple(row_len * _K for row_len in row_lens),
       sampler=dict(
           temperature=0.7, top_p=0.95, max_response_len=response_len),
       optimizer=dict(learning_rate=2e-6))

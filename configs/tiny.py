@@ -51,7 +51,7 @@ def _own_data():
           job='synth', path='runs/python_lookup.jsonl', drop_too_long=True),
       evals=dict(
           job='evals', splits=('validation', 'test'), lengths=(640, 768),
-          prompts_per_batch=24, sampler=sampler),
+          prompts_at_once=24, sampler=sampler),
       sft=dict(
           job='sft', steps=200, num_rows=4, row_len=896,
           reasoning_fraction=0.5,
@@ -59,7 +59,7 @@ def _own_data():
               learning_rate=1e-3, schedule='cosine', warmup_steps=20)),
       rl=dict(
           job='rl', steps=40, num_prompts=12, num_samples=8,
-          max_prompt_len=768, sampler=sampler, row_len=1536, row_multiple=2,
+          max_prompt_len=768, sampler=sampler, row_lens=(768, 1152, 1728),
           entropy_source='sampler', rollouts_every=5,
           optimizer=dict(learning_rate=2e-4)))
 
@@ -90,12 +90,12 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
       evals=dict(
           job='evals',
           splits=('test_256', 'test_512', 'test_1024', 'test_2048'),
-          lengths=(256, 640, 1024, 2048), prompts_per_batch=24,
+          lengths=(256, 640, 1024, 2048), prompts_at_once=24,
           sampler=sampler),
       sft=_sft(500),
       rl=dict(
           job='rl', steps=160, num_prompts=12, num_samples=8,
-          max_prompt_len=640, sampler=sampler, row_len=1664, row_multiple=2,
+          max_prompt_len=640, sampler=sampler, row_lens=(768, 1152, 1728),
           entropy_source='sampler',
           optimizer=dict(learning_rate=3e-4)))
   if arg == 'own_data':

@@ -223,7 +223,7 @@ def update_speed(
   times = []
   for _ in range(_REPEATS.value + 1):
     began = time.perf_counter()
-    now, _ = jax.block_until_ready(update(now, batch, extras, True))
+    now, _ = jax.block_until_ready(update(now, [batch], extras, True))
     times.append(time.perf_counter() - began)
   seconds = statistics.median(times[1:])
   needed = flops.needed_update(flops.forward(

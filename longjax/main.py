@@ -53,6 +53,8 @@ The config's `job` chooses what is done:
   evals    score a model by task and context length
   convert  write a checkpoint as a Hugging Face directory, see
            configs/convert.py
+  bench    measure prefill, decode, score and update on this machine, see
+           configs/bench.py
 
 Examples:
   longjax --config=configs/tiny.py
@@ -243,18 +245,19 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
     if _CONFIG.value is None:
       raise types.UserError(
           'no --config=FILE given; for example --config=configs/tiny.py.')
-    if _job(_CONFIG.value, changes) == 'convert':
+    job = _job(_CONFIG.value, changes)
+    if job == 'convert':
       return _convert(changes)
+    if job == 'bench':
+      return _bench(changes)
     # Here, because --help and mistakes should not wait for orbax and grain.
     from longjax import recipe
 
     run_config = build(recipe.RunConfig, _CONFIG.value, changes)
-    config_flag: Any = flags.FLAGS['config']
     workdir = open_workdir(
-        _WORKDIR.value or default_workdir(config_flag.config_filename))
+        _WORKDIR.value or default_workdir(_config_file()))
     if _PLAN.value is not None:
-      return _plan(
-          run_config, _PLAN.value, workdir, config_flag.config_filename)
+      return _plan(run_config, _PLAN.value, workdir, _config_file())
     with _all_processes():
       return recipe.run(run_config, workdir) or 0
   except types.UserError as error:
@@ -293,6 +296,24 @@ def _convert(changes: Sequence[_Override]) -> int:
   config = build(convert_job.ConvertConfig, _CONFIG.value, changes)
   with _all_processes():
     return convert_job.run(config)
+
+
+def _bench(changes: Sequence[_Override]) -> int:
+  """Measures this machine."""
+  from longjax.bench import job, suite
+
+  if _PLAN.value is not None:
+    raise types.UserError('--plan does not go with job=bench.')
+  config = build(suite.BenchConfig, _CONFIG.value, changes)
+  workdir = open_workdir(_WORKDIR.value or default_workdir(_config_file()))
+  with _all_processes():
+    return job.run(config, workdir)
+
+
+def _config_file() -> str:
+  """As given on the command line, with its variant."""
+  config_flag: Any = flags.FLAGS['config']
+  return config_flag.config_filename
 
 
 def _plan(

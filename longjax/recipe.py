@@ -248,7 +248,8 @@ def _run_stages(
         if state is None or place is None or place.stage != label:
           assert params is not None, label
           state = run_state.fresh(
-              params(), stages_lib.optimizer(stage), context)
+              params(), stages_lib.optimizer(stage), context,
+              carried=stages_lib.carried(stage))
           place = run_state.Place(
               stage=label, stage_step=0,
               global_step=place.global_step if place else 0)
@@ -274,8 +275,11 @@ def _restore(
     return None, None
   # All stages have optimizers of one structure; only their numbers differ.
   optimizer = stages_lib.optimizer(trained[0][1])
+  stage_of = dict(trained)
   restored = context.checkpointer.restore_latest(
-      run_state.abstract(optimizer, context.model, context.rules))
+      lambda info: run_state.abstract(
+          optimizer, context.model, context.rules,
+          carried=stages_lib.carried(stage_of[info['stage']])))
   if restored is None:
     return None, None
   place = run_state.Place(**restored.info)

@@ -103,7 +103,7 @@ class Branch:
       None if it did not say.
   """
 
-  response: Sequence[int]
+  response: Sequence[int] | np.ndarray
   trajectory: int
   extra_prompt: Sequence[int] = ()
   expert_ids: np.ndarray | None = None
@@ -179,20 +179,14 @@ def _place(
 
 
 def pack(
-    groups: Sequence[Group],
-    *,
-    row_len: int,
-    num_rows: int | None = None,
-    row_multiple: int = 1,
+    groups: Sequence[Group], *, row_len: int, num_rows: int | None = None
 ) -> Rows:
   """Packs groups into rows, longest first into the first row with room.
 
   Args:
     groups: what to pack; a group is never split.
     row_len: tokens a row.
-    num_rows: rows to return; None means as many as needed, rounded up to a
-      multiple of `row_multiple`.
-    row_multiple: see `num_rows`; few shapes, and rows that divide over devices.
+    num_rows: rows to return; None means as many as needed.
 
   Returns:
     NumPy rows; groups are numbered within their row.
@@ -202,21 +196,43 @@ def pack(
   """
   placed = _place(groups, row_len=row_len)
   if num_rows is None:
-    num_rows = -(-len(placed) // row_multiple) * row_multiple
+    num_rows = len(placed)
   if len(placed) > num_rows:
     raise types.UserError(
         f'{len(groups)} groups need {len(placed)} rows of row_len={row_len} '
         f'but num_rows={num_rows}; raise one of them.')
-  rows = empty(num_rows, row_len)
-  example = next((g.expert_ids for g in groups), None)
+  return write(placed + [[]] * (num_rows - len(placed)), row_len=row_len)
+
+
+def write(placed: Sequence[Sequence[Group]], *, row_len: int) -> Rows:
+  """Writes groups into the rows they were given.
+
+  Args:
+    placed: the groups of each row, which fit into it; none make a row of
+      padding.
+    row_len: tokens a row.
+
+  Returns:
+    NumPy rows; groups are numbered within their row.
+  """
+  rows = empty(len(placed), row_len)
+  example = next((g.expert_ids for groups in placed for g in groups), None)
   if example is not None:
     rows = dataclasses.replace(rows, expert_ids=np.zeros(
-        (num_rows, row_len, *example.shape[1:]), example.dtype))
+        (len(placed), row_len, *example.shape[1:]), example.dtype))
   for r, row_groups in enumerate(placed):
     start = 0
     for number, group in enumerate(row_groups):
       start = _write_group(rows, r, start, number, group)
   return rows
+
+
+def split(rows: Rows, num_rows: int) -> list[Rows]:
+  """Rows [B, T] as micro-batches of `num_rows` rows, which divide B."""
+  starts = range(0, rows.tokens.shape[0], num_rows)
+  return [
+      jax.tree.map(lambda x, at=at: x[at:at + num_rows], rows)
+      for at in starts]
 
 
 def _write_group(
@@ -231,16 +247,16 @@ def _write_group(
   if rows.expert_ids is not None:
     rows.expert_ids[row, start:end] = group.expert_ids
   for b, branch in enumerate(group.branches, start=1):
-    start = end
-    inputs = [group.prompt[-1], *branch.extra_prompt, *branch.response[:-1]]
-    end = start + len(inputs)
-    rows.tokens[row, start:end] = inputs
+    start, first = end, end + len(branch.extra_prompt)
+    end = first + len(branch.response)
+    rows.tokens[row, start] = group.prompt[-1]
+    rows.tokens[row, start + 1:first + 1] = branch.extra_prompt
+    rows.tokens[row, first + 1:end] = branch.response[:-1]
     rows.meta.group[row, start:end] = number
     rows.meta.branch[row, start:end] = b
-    rows.meta.position[row, start:end] = prefix_len + np.arange(len(inputs))
+    rows.meta.position[row, start:end] = prefix_len + np.arange(end - start)
     if rows.expert_ids is not None:
       rows.expert_ids[row, start:end] = branch.expert_ids
-    first = end - len(branch.response)
     rows.targets[row, first:end] = branch.response
     rows.loss_mask[row, first:end] = True
     rows.trajectory[row, first:end] = branch.trajectory

@@ -13,7 +13,14 @@ from longjax.parallel import multihost
 from longjax.reward import hybrid
 from longjax.synthesis import stage as synth_stage
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import progress, rl_job, rl_stage, run_state, sft_job
+from longjax.train import (
+    partial,
+    progress,
+    rl_job,
+    rl_stage,
+    run_state,
+    sft_job,
+)
 
 Training = sft_job.PretrainStage | sft_job.SftStage | rl_stage.RlStage
 Stage = synth_stage.SynthStage | Training | evals_stage.EvalsStage
@@ -120,6 +127,11 @@ def optimizer(stage: Training) -> optax.GradientTransformation:
   if isinstance(stage, rl_stage.RlStage):
     num_steps *= stage.num_minibatches * stage.num_epochs
   return optimizer_lib.make(stage.optimizer, num_steps=num_steps)
+
+
+def carried(stage: Training) -> partial.Carried | None:
+  """What a stage's checkpoints hold of unfinished responses."""
+  return stage.carried() if isinstance(stage, rl_stage.RlStage) else None
 
 
 def train(

@@ -94,19 +94,16 @@ MISTAKES = {
         ('conf.py --config.stages.rl.num_prompts=12',
          'rl.num_prompts=12 does not divide over the 8 data shards'),
     'evaluations that do not divide over the mesh':
-        ('conf.py --config.stages.evals.prompts_per_batch=12',
-         'evals.prompts_per_batch=12 does not divide over the 8 data shards'),
+        ('conf.py --config.stages.evals.prompts_at_once=12',
+         'evals.prompts_at_once=12 does not divide over the 8 data shards'),
     'rows of training that cannot be split over seq':
         ('conf.py --config.mesh.data=2 --config.mesh.seq=4 '
-         '--config.stages.rl.row_len=330',
-         'rl.row_len=330 cannot be split over mesh.seq=4; use a multiple of 4'),
+         '--config.stages.rl.row_lens=(330,)',
+         'rl.row_lens=330 cannot be split over mesh.seq=4; use a multiple of '
+         '4'),
     'demonstrations that cannot be split over seq':
         ('conf.py --config.mesh.data=2 --config.mesh.seq=4 '
          '--config.stages.sft.row_len=330', 'row_len=330 cannot be split'),
-    'prompts of an evaluation that cannot be split over seq':
-        ('conf.py --config.mesh.data=2 --config.mesh.seq=4 '
-         '--config.stages.evals.lengths=(64,330)',
-         'evals.lengths=330 cannot be split'),
     'a mesh of more devices than there are':
         ('conf.py --config.mesh.data=3', 'mesh (data=3, '),
     'a prompt longer than the cap':
@@ -119,10 +116,10 @@ MISTAKES = {
     'an evaluation longer than its lengths':
         ('conf.py --config.stages.evals.lengths=(64,100)',
          'tokens, more than stages.evals.lengths=100'),
-    'a row too short for a group':
-        ('conf.py --config.stages.rl.row_len=300',
-         'rl.row_len=300 cannot hold a prompt of max_prompt_len=280 and '
-         'num_samples=2 responses of 12 tokens; use at least 304.'),
+    'rows too short for a prompt and a response':
+        ('conf.py --config.stages.rl.row_lens=(280,290)',
+         'rl.row_lens=(280, 290) cannot hold a prompt of max_prompt_len=280 '
+         'and a response of 12 tokens; the longest must be at least 291.'),
     'an entropy band upside down':
         ('conf.py --config.stages.rl.aepo.entropy_low=0.5 '
          '--config.stages.rl.aepo.entropy_high=0.3', 'entropy_low'),

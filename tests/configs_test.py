@@ -12,12 +12,14 @@ import importlib.util
 import os
 import pathlib
 import types as python_types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from longjax import config, recipe, rows, stages, types
+from longjax.bench import suite
 from longjax.model import huggingface_config
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import rules as rules_lib
@@ -49,12 +51,13 @@ def name(case: tuple[pathlib.Path, str]) -> str:
   return f'{path.stem}-{variant}' if variant else path.stem
 
 
-def build(
-    path: pathlib.Path, variant: str
-) -> recipe.RunConfig | convert_job.ConvertConfig:
+# What other jobs than a run are made of.
+OTHERS = {'convert': convert_job.ConvertConfig, 'bench': suite.BenchConfig}
+
+
+def build(path: pathlib.Path, variant: str) -> Any:
   values = load(path).get_config(*([variant] if variant else []))
-  made = (convert_job.ConvertConfig if values.get('job') == 'convert'
-          else recipe.RunConfig)
+  made = OTHERS.get(values.get('job'), recipe.RunConfig)
   return config.build(made, values, 'config')
 
 
@@ -79,7 +82,8 @@ def trace_update(model, stage, compute):
 
   if isinstance(stage, rl_stage.RlStage):
     loss = functools.partial(rl_job.loss, stage=stage, context=context)
-    num_rows = stage.row_multiple
+    shapes = [(rl_stage.rows_at_once(stage, rules), row_len)
+              for row_len in stage.row_lens]
     num_responses = stage.num_prompts * stage.num_samples
     by_token = f32(num_responses, stage.sampler.max_response_len)
     extras = {
@@ -87,13 +91,16 @@ def trace_update(model, stage, compute):
         'sampler_logprobs': by_token, 'old_logprobs': by_token}
   else:
     loss = functools.partial(sft_job.loss, context=context)
-    num_rows, extras = stage.num_rows, {'num_tokens': f32()}
-  update = step_lib.make_update(
-      loss, optimizer, config=model, rules=rules,
-      rows_at_once=stage.rows_at_once)
+    shapes = [(stage.rows_at_once or stage.num_rows, stage.row_len)]
+    extras = {'num_tokens': f32()}
+  update = step_lib.make_update(loss, optimizer, config=model, rules=rules)
   before = state_lib.abstract(model, optimizer, rules)
-  after, metrics = jax.eval_shape(
-      update, before, rows.empty(num_rows, stage.row_len), extras, True)
+  made = [rows.empty(*shape) for shape in shapes]
+  total = jax.eval_shape(update.start, before.params, made[0], extras)
+  for part in made:
+    total = jax.eval_shape(
+        update.accumulate, before.params, total, part, extras)
+  after, metrics = jax.eval_shape(update.apply, before, total, True)
   assert {'loss', 'grad_norm', 'skipped_in_a_row'} <= metrics.keys()
   return before, after
 
@@ -115,7 +122,7 @@ def test_resolved_values_are_those_last_reviewed(case):
 @pytest.mark.parametrize('case', cases(), ids=name)
 def test_every_training_stage_can_be_traced(case):
   built = build(*case)
-  if isinstance(built, convert_job.ConvertConfig):
+  if isinstance(built, tuple(OTHERS.values())):
     return  # It trains nothing.
   model = built.model or huggingface_config.load(initial.find(built.init_from))
   assert built.trained()

@@ -10,7 +10,8 @@ ROOT = pathlib.Path(longjax.__file__).parent
 
 # An import points to a smaller number, or stays inside its own package.
 LAYERS = {
-    'main': 7, '__main__': 7, 'recipe': 7, 'stages': 7, 'log': 7,
+    'main': 8, '__main__': 8, 'recipe': 8, 'stages': 8, 'log': 8,
+    'bench': 7,
     'planner': 6,
     'train': 5, 'evals': 5,
     'agents': 4,

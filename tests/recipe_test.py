@@ -140,7 +140,8 @@ def test_the_exported_model_is_the_last_checkpoint(finished):
       mesh.make(mesh.MeshConfig(), jax.devices()[:1]))
   config = tiny_recipe.config()
   abstract = run_state.abstract(
-      stages.optimizer(config.stages['rl']), model, rules)
+      stages.optimizer(config.stages['rl']), model, rules,
+      carried=config.stages['rl'].carried())
   with checkpoint.Checkpointer(finished / 'checkpoints') as checkpoints:
     restored = checkpoints.restore_latest(abstract)
   assert restored.info['stage'] == 'rl'

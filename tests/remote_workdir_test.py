@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_elsewhere_and_ends_with_equal_bits(
     store, disk, tmp_path, monkeypatch, caplog):
   with tiny_recipe.shared_programs(tmp_path / 'programs'):
     assert tiny_recipe.run(tmp_path / 'whole', RECIPE) == 0
-    sample = engine.Engine.sample
+    sample = engine.Session.sample
     calls = []
 
     def dies(*args, **kwargs):
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_elsewhere_and_ends_with_equal_bits(
         raise MemoryError
       return sample(*args, **kwargs)
 
-    monkeypatch.setattr(engine.Engine, 'sample', dies)
+    monkeypatch.setattr(engine.Session, 'sample', dies)
     with pytest.raises(MemoryError):
       run()
     assert {'data/', 'metrics.jsonl', 'evals/'} & names(store) == {
@@ -219,7 +219,7 @@ def test_a_work_directory_in_a_store_is_tried_out(store, monkeypatch):
 
   backend.fsspec_backend._get_filesystem.cache_clear()
   monkeypatch.setattr(fsspec, 'filesystem', missing)
-  with pytest.raises(types.UserError, match=r"install 'longjax\[gcs\]'"):
+  with pytest.raises(types.UserError, match='LONGJAX_EXTRAS=gcs'):
     main.open_workdir(URL)
 
 

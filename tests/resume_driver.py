@@ -125,7 +125,7 @@ def install(attempt):
     trigger.within(name)
   trigger.before(tokenizer_lib, 'train', 'tokenizer')
   trigger.before(pipeline, 'draw', 'draw')
-  trigger.before(engine.Engine, 'sample', 'sample')
+  trigger.before(engine.Session, 'sample', 'sample')
   trigger.before(hybrid, 'score', 'score')
   trigger.before(checkpoint.Checkpointer, 'save', 'save')
   trigger.after(checkpoint.Checkpointer, 'save', 'saving')

@@ -170,19 +170,24 @@ def test_no_two_rows_would_fit_into_one(made, room):
 
 
 @TRIALS
-@hypothesis.given(many_groups, st.integers(1, 5))
-def test_rows_are_a_multiple_and_the_added_ones_are_padding(made, multiple):
-  row_len = max(map(size, made))
-  plain = rows.pack(made, row_len=row_len)
-  rounded = rows.pack(made, row_len=row_len, row_multiple=multiple)
-  needed = plain.tokens.shape[0]
-  assert rounded.tokens.shape[0] % multiple == 0
-  assert 0 <= rounded.tokens.shape[0] - needed < multiple
+@hypothesis.given(many_groups, st.data())
+def test_groups_stand_in_the_rows_they_were_given(made, data):
+  row_of = data.draw(st.lists(
+      st.integers(0, 3), min_size=len(made), max_size=len(made)))
+  placed = [[g for g, r in zip(made, row_of) if r == row] for row in range(4)]
+  row_len = max(sum(map(size, groups)) for groups in placed)
+  found = read_back(rows.write(placed, row_len=row_len))
+  assert found == [list(map(as_tuple, groups)) for groups in placed]
+
+
+def test_split_gives_the_rows_in_order():
+  packed = rows.pack([group_of(n) for n in (1, 2, 3, 4, 5, 6)], row_len=6,
+                     num_rows=6)
+  parts = rows.split(packed, 2)
+  assert [part.tokens.shape for part in parts] == [(2, 6)] * 3
   jax.tree.map(
-      lambda got, want: np.testing.assert_array_equal(got[:needed], want),
-      rounded, plain)
-  assert (rounded.meta.group[needed:] == -1).all()
-  assert not rounded.loss_mask[needed:].any()
+      lambda whole, *parts: np.testing.assert_array_equal(
+          np.concatenate(parts), whole), packed, *parts)
 
 
 def group_of(num_tokens):

@@ -14,7 +14,6 @@ import pytest
 
 from longjax import rows
 from longjax.model import compute as compute_lib
-from longjax.rl import batch
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_job, sft_job, state, step
 from tests import tiny_model
@@ -35,31 +34,15 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-2, 0.1, 0.05
 
 def shared(num_rows=NUM_ROWS):
   """Every prompt once, several groups a row."""
-  packed = batch.pack(
-      PROMPTS, ROLLOUTS, row_len=ROW_LEN, row_multiple=num_rows)
-  assert packed.tokens.shape == (num_rows, ROW_LEN)
+  packed = tiny_model.packed(
+      PROMPTS, ROLLOUTS, row_len=ROW_LEN, num_rows=num_rows)
   assert packed.meta.group.max() >= 1
   return packed
 
 
 def repeated():
   """Every response in a row of its own, behind its own copy of the prompt."""
-  flat = rows.empty(NUM_ROWS, ROW_LEN)
-  for n in range(NUM_ROWS):
-    p, g = divmod(n, NUM_SAMPLES)
-    length = ROLLOUTS.lengths[p, g]
-    prompt = PROMPTS[p].tokens
-    sequence = [*prompt, *ROLLOUTS.tokens[p, g, :length]]
-    num_read = len(sequence) - 1
-    flat.tokens[n, :num_read] = sequence[:-1]
-    flat.meta.group[n, :num_read] = 0
-    flat.meta.position[n, :num_read] = np.arange(num_read)
-    trained = slice(len(prompt) - 1, num_read)
-    flat.targets[n, trained] = sequence[len(prompt):]
-    flat.loss_mask[n, trained] = True
-    flat.trajectory[n, trained] = n
-    flat.response_index[n, trained] = np.arange(length)
-  return flat
+  return tiny_model.repeated(PROMPTS, ROLLOUTS, row_len=ROW_LEN)
 
 
 def loss_of(kind, **how):
@@ -185,11 +168,11 @@ def adamw_step(params, gradients):
 
 
 @pytest.mark.parametrize('kind, mesh, rows_at_once', [
-    ('rl', dict(data=8), 0),
+    ('rl', dict(data=8), 16),
     ('rl', dict(data=2, fsdp=4), 8),
-    ('rl', dict(fsdp=8), 0),
+    ('rl', dict(fsdp=8), 16),
     ('rl', {}, 1),
-    ('sft', dict(data=2, fsdp=4), 0),
+    ('sft', dict(data=2, fsdp=4), 16),
 ])
 def test_devices_and_micro_batches_take_the_same_step(
     kind, mesh, rows_at_once):
@@ -201,11 +184,11 @@ def test_devices_and_micro_batches_take_the_same_step(
       num_steps=3)
   update = step.make_update(
       loss_of(kind, made=rules), optimizer, config=tiny_model.MODEL,
-      rules=rules, rows_at_once=rows_at_once)
+      rules=rules)
   start = state.create(
       tiny_model.params(), tiny_model.MODEL, optimizer, rules)
   after, metrics = jax.device_get(update(
-      start, step.put_rows(shared(16), rules), EXTRAS[kind], True))
+      start, rows.split(shared(16), rows_at_once), EXTRAS[kind], True))
 
   (loss, want_metrics), gradients = want(kind)
   norm, new, mu, nu = adamw_step(tiny_model.params(), gradients)

@@ -5,12 +5,12 @@ import types as python_types
 import jax
 import numpy as np
 
-from longjax import types
+from longjax import rows, types
 from longjax.model import architecture, parameters
 from longjax.model import compute as compute_lib
 from longjax.parallel import mesh
 from longjax.parallel import rules as rules_lib
-from longjax.rl import clipping, entropy_control
+from longjax.rl import batch, clipping, entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
 from longjax.train import optimizer as optimizer_lib
@@ -77,6 +77,41 @@ def rollouts(
       is_finished=lengths < max_len)
 
 
+def packed(
+    prompts: list[types.Prompt], rollouts: types.Rollouts, *, row_len: int,
+    num_rows: int, first_trajectory: int = 0,
+) -> rows.Rows:
+  """The one micro-batch they fit into."""
+  made = batch.pack(
+      prompts, rollouts, row_lens=(row_len,), num_rows=num_rows,
+      first_trajectory=first_trajectory)
+  [part] = made.micro_batches
+  return part
+
+
+def repeated(
+    prompts: list[types.Prompt], rollouts: types.Rollouts, *, row_len: int
+) -> rows.Rows:
+  """Every response in a row of its own, behind its own copy of the prompt."""
+  num_samples = rollouts.lengths.shape[1]
+  flat = rows.empty(rollouts.lengths.size, row_len)
+  for n in range(rollouts.lengths.size):
+    p, g = divmod(n, num_samples)
+    length = rollouts.lengths[p, g]
+    prompt = prompts[p].tokens
+    sequence = [*prompt, *rollouts.tokens[p, g, :length]]
+    num_read = len(sequence) - 1
+    flat.tokens[n, :num_read] = sequence[:-1]
+    flat.meta.group[n, :num_read] = 0
+    flat.meta.position[n, :num_read] = np.arange(num_read)
+    trained = slice(len(prompt) - 1, num_read)
+    flat.targets[n, trained] = sequence[len(prompt):]
+    flat.loss_mask[n, trained] = True
+    flat.trajectory[n, trained] = n
+    flat.response_index[n, trained] = np.arange(length)
+  return flat
+
+
 def extras(made: types.Rollouts, seed: int = 0) -> dict[str, np.ndarray]:
   """Arrays by response that `rl_job.loss` takes; one response is removed."""
   rng = np.random.default_rng(seed)
@@ -98,7 +133,7 @@ def extras(made: types.Rollouts, seed: int = 0) -> dict[str, np.ndarray]:
 def rl_stage(**overrides) -> rl_stage_lib.RlStage:
   """A stage whose loss has every term: ratio clips, importance weights."""
   return rl_stage_lib.RlStage(**dict(
-      steps=4, num_prompts=8, num_samples=3, max_prompt_len=16, row_len=48,
+      steps=4, num_prompts=8, num_samples=3, max_prompt_len=16, row_lens=(48,),
       sampler=decode.SamplerConfig(temperature=0.7, max_response_len=8),
       optimizer=optimizer_lib.OptimizerConfig(learning_rate=1e-2),
       aepo=entropy_control.AepoConfig(),

@@ -43,11 +43,12 @@ _VALUES: dict[str, Any] = {
             'optimizer': _OPTIMIZER},
         'rl': {
             'job': 'rl', 'steps': 5, 'num_prompts': 8, 'num_samples': 2,
-            'max_prompt_len': 280, 'row_len': 384, 'row_multiple': 8,
-            'rollouts_every': 1, 'optimizer': _OPTIMIZER,
-            'sampler': _SAMPLER},
+            'max_prompt_len': 280, 'row_lens': (384,), 'rollouts_every': 1,
+            'optimizer': _OPTIMIZER, 'sampler': _SAMPLER,
+            # Half of the groups are left to the next step.
+            'samples_at_once': 8, 'cut_tokens': 90, 'loss': {'tis_cap': 2.0}},
         'evals': {
-            'job': 'evals', 'lengths': (280,), 'prompts_per_batch': 8,
+            'job': 'evals', 'lengths': (280,), 'prompts_at_once': 8,
             'num_samples': 2, 'sampler': _SAMPLER},
     },
 }

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import grain
-import jax
-import numpy as np
 
 from longjax import rows, types
 
@@ -127,13 +125,8 @@ def _to_rows(
     placed: Sequence[Sequence[rows.Group]], *, row_len: int) -> rows.Rows:
   """Writes groups into the rows they were given; [len(placed), row_len]."""
   numbers = itertools.count()
-  packed = []
-  for row_groups in placed:
-    renumbered = [
-        dataclasses.replace(group, branches=[
-            dataclasses.replace(branch, trajectory=next(numbers))
-            for branch in group.branches])
-        for group in row_groups
-    ]
-    packed.append(rows.pack(renumbered, row_len=row_len, num_rows=1))
-  return jax.tree.map(lambda *x: np.concatenate(x), *packed)
+  return rows.write([
+      [dataclasses.replace(group, branches=[
+          dataclasses.replace(branch, trajectory=next(numbers))
+          for branch in group.branches]) for group in row_groups]
+      for row_groups in placed], row_len=row_len)

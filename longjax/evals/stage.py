@@ -13,9 +13,13 @@ from longjax.data import tokenizer as tokenizer_lib
 from longjax.evals import runner
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
-from longjax.parallel import multihost, token_order
+from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
 from longjax.rollout import decode, engine
+
+# Prompts handed to the sampler between two looks at the progress, over those
+# it holds: the first ends must not leave slots empty each time.
+_BATCHES_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class EvalsStage:
     lengths: prompt lengths in tokens that results are grouped by; each prompt
       belongs to the first that holds it, and is padded to it.
     num_samples: responses to each prompt.
-    prompts_per_batch: prompts sampled at once.
+    prompts_at_once: prompts whose keys and values the sampler holds.
     sampler: temperature, nucleus, cap on responses.
   """
 
@@ -36,7 +40,7 @@ class EvalsStage:
   splits: tuple[str, ...] = ('test',)
   lengths: tuple[int, ...]
   num_samples: int = 1
-  prompts_per_batch: int = 32
+  prompts_at_once: int = 32
   sampler: decode.SamplerConfig
 
   def __post_init__(self):
@@ -50,9 +54,16 @@ class EvalsStage:
       raise types.UserError(
           f'evals.lengths={self.lengths} must be increasing prompt lengths of '
           'at least 2 tokens.')
-    if self.prompts_per_batch < 1:
+    if self.prompts_at_once < 1:
       raise types.UserError(
-          f'evals.prompts_per_batch={self.prompts_per_batch} must be >= 1.')
+          f'evals.prompts_at_once={self.prompts_at_once} must be >= 1.')
+
+  @property
+  def engine(self) -> engine.EngineConfig:
+    """Shapes of the sampler's programs."""
+    return engine.EngineConfig(
+        prompt_buckets=self.lengths, prompts_at_once=self.prompts_at_once,
+        samples_per_prompt=self.num_samples)
 
 
 def result(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -61,15 +72,8 @@ def result(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def check(stage: EvalsStage, rules: rules_lib.Rules) -> None:
-  """Refuses batches and lengths that do not divide over the mesh."""
-  for length in stage.lengths:
-    token_order.check_len('evals.lengths', length, rules.size('seq'))
-  shards = rules.size('batch')
-  if stage.prompts_per_batch % shards:
-    raise types.UserError(
-        f'evals.prompts_per_batch={stage.prompts_per_batch} does not divide '
-        f'over the {shards} data shards of mesh {dict(rules.mesh.shape)}; use '
-        f'a multiple of {shards}.')
+  """Refuses batches that do not divide over the mesh."""
+  engine.check(stage.engine, rules, name='evals')
 
 
 def run(
@@ -110,9 +114,7 @@ def run(
   """
   sampler = engine.Engine(
       model=model, sampler=stage.sampler,
-      engine=engine.EngineConfig(
-          prompt_buckets=stage.lengths,
-          prompts_per_batch=stage.prompts_per_batch),
+      engine=stage.engine,
       stop_ids=tokenizer.stop_ids, rules=rules, compute=compute)
   key = jax.random.fold_in(jax.random.key(seed), 0xE7A1)
 
@@ -136,7 +138,8 @@ def run(
 
     results = runner.evaluate(
         generate, score, runner.by_length(asked, stage.lengths),
-        num_samples=stage.num_samples, batch_size=stage.prompts_per_batch,
+        num_samples=stage.num_samples,
+        batch_size=_BATCHES_AT_ONCE * stage.prompts_at_once,
         on_batch=on_batch)
 
   def save() -> None:

@@ -23,7 +23,7 @@ from longjax.parallel import rules as rules_lib
 from longjax.parallel import token_order
 
 Backend = Literal['auto', 'reference', 'blockwise', 'tpu', 'gpu']
-ContextParallel = Literal['auto', 'ring', 'all_gather']
+ContextParallel = Literal['auto', 'ring', 'all_gather', 'merge']
 
 _BLOCK_BACKENDS: dict[str, Any] = {
     'blockwise': flash_attention,
@@ -88,6 +88,47 @@ def attention(
       rules=rules)
   return context_parallel_lib.attend(
       q, k, v, query_meta, key_meta, chosen)
+
+
+def to_cache(
+    q: jax.Array,  # f[B, T, N, H]
+    k: jax.Array,  # f[B, K, S, H]
+    v: jax.Array,  # f[B, K, S, H]
+    is_visible: jax.Array,  # bool[B, T, S]
+) -> tuple[jax.Array, jax.Array]:  # f[B, T, N, H], f32[B, T, N]
+  """Attention of a few queries to the keys of a cache; see `attention`.
+
+  All scores are held at once. Where keys are split over devices, the compiler
+  merges what each device finds for its own.
+  """
+  dims = chex.Dimensions()
+  dims['BTNH'] = q.shape
+  dims['BKSH'] = k.shape
+  chex.assert_shape(v, dims['BKSH'])
+  chex.assert_shape(is_visible, dims['BTS'])
+  # The queries of one key head are rows of one matrix.
+  rows_of_head = jnp.moveaxis(
+      q.reshape(dims.B, dims.T, dims.K, -1, dims.H), 2, 1)
+  scores = jnp.einsum(
+      'bkmh,bksh->bkms', rows_of_head.reshape(dims.B, dims.K, -1, dims.H), k,
+      preferred_element_type=jnp.float32) * dims.H ** -0.5
+  scores = scores.reshape(dims.B, dims.K, dims.T, -1, dims.S)
+  scores = jnp.where(
+      is_visible[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  out = jnp.einsum(
+      'bkms,bksh->bkmh',
+      weights.astype(v.dtype).reshape(dims.B, dims.K, -1, dims.S), v,
+      preferred_element_type=jnp.float32)
+  sees_any = jnp.any(is_visible, axis=2)[:, None, :, None, None]
+  out = out.reshape(*total.shape[:4], dims.H) / total
+  out = jnp.where(sees_any, out, 0.0)
+  lse = jnp.where(sees_any, jnp.log(total) + top, -jnp.inf)
+  return (
+      jnp.moveaxis(out, 1, 2).reshape(q.shape).astype(q.dtype),
+      jnp.moveaxis(lse[..., 0], 1, 2).reshape(q.shape[:3]))
 
 
 def order(
@@ -203,8 +244,8 @@ def _local_shapes(
     return (batch // rules.size('batch'), length // seq,
             num_heads // rules.size(heads), head_dim)
 
-  return (local(q_shape, 'heads', True),
-          local(k_shape, 'kv_heads', strategy == 'ring'))
+  return (local(q_shape, 'heads', strategy != 'merge'),
+          local(k_shape, 'kv_heads', strategy != 'all_gather'))
 
 
 @functools.cache

@@ -1,18 +1,21 @@
 """Attention over rows whose tokens are split over the mesh axis `seq`.
 
 Every device holds some tokens' queries, keys and values, in any order, with
-their group, branch and position. Two strategies, one contract:
+their group, branch and position. Three strategies, one contract:
 
   ring        keys, values and their metadata are passed on from device to
               device; outputs are merged by log-sum-exp (Ring Attention,
               arXiv:2310.01889). Memory is that of one device's tokens.
   all_gather  every device collects all keys and values first. Fewer, larger
               messages; memory grows with the row.
+  merge       every device collects all queries, attends to its own keys, and
+              outputs are merged by log-sum-exp. For queries much fewer than
+              keys: a chunk of a long prompt.
 
-Both are built on a block backend's `forward` and `backward`, the latter with
+All are built on a block backend's `forward` and `backward`, the latter with
 an external log-sum-exp, and have a backward pass of their own: gradients of
 keys and values travel around the ring with them and end at home, or are
-summed and scattered.
+summed and scattered, as those of queries are that travelled.
 
 A step of the ring first sends what the next one needs and computes after,
 so that the network and the matrix units work at the same time.
@@ -34,7 +37,7 @@ from longjax import rows
 from longjax.model import compute, flash_attention
 from longjax.parallel import rules as rules_lib
 
-Strategy = Literal['ring', 'all_gather']
+Strategy = Literal['ring', 'all_gather', 'merge']
 
 # K and V of all tokens of a device's rows; more is passed around a ring.
 _MAX_GATHERED_BYTES = 512 * 1024**2
@@ -172,6 +175,10 @@ def _local_forward(q, k, v, query_meta, key_meta, *, settings):
   if settings.strategy == 'all_gather':
     return forward(q, *_gathered((k, v), axes), query_meta,
                    _gathered(key_meta, axes))
+  if settings.strategy == 'merge':
+    q, query_meta = _gathered((q, query_meta), axes)
+    out, lse = forward(q, k, v, query_meta, key_meta)
+    return _merged(out, lse, axes)
   pass_on = _pass_on(axes)
 
   def visit(carry, _):
@@ -204,9 +211,12 @@ def _local_backward(
     dq, dk, dv = backward(
         q, *_gathered((k, v), axes), query_meta, _gathered(key_meta, axes),
         lse, d_out, offset)
-    return dq, *(
-        jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True)
-        for x in (dk, dv))
+    return dq, _scattered(dk, axes), _scattered(dv, axes)
+  if settings.strategy == 'merge':
+    q, query_meta, lse, d_out, offset = _gathered(
+        (q, query_meta, lse, d_out, offset), axes)
+    dq, dk, dv = backward(q, k, v, query_meta, key_meta, lse, d_out, offset)
+    return _scattered(dq, axes), dk, dv
   pass_on = _pass_on(axes)
 
   def visit(carry, _):
@@ -239,6 +249,30 @@ def _gathered(tree: Any, axes: tuple[str, ...]) -> Any:
   """All tokens of [b, t, ...] leaves, from every device along `seq`."""
   return jax.tree.map(
       lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), tree)
+
+
+def _scattered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Sums [b, T, ...] over the devices along `seq`; each keeps its tokens."""
+  return jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True)
+
+
+def _merged(out, lse, axes):
+  """Attention of all queries to the keys of all devices, for own tokens."""
+  top = jax.lax.pmax(lse, axes)
+  # Where no device saw a key, the result is again 0 and -inf.
+  top = jnp.where(jnp.isfinite(top), top, 0.0)
+  weight = jnp.exp(lse - top)
+  summed, total = (
+      _scattered(x, axes)
+      for x in (out.astype(jnp.float32) * weight[..., None], weight))
+  num_tokens = total.shape[1]
+  top = jax.lax.dynamic_slice_in_dim(
+      top, jax.lax.axis_index(axes) * num_tokens, num_tokens, axis=1)
+  sees_any = total > 0.0
+  total = jnp.where(sees_any, total, 1.0)
+  return (
+      (summed / total[..., None]).astype(out.dtype),
+      jnp.where(sees_any, jnp.log(total) + top, -jnp.inf))
 
 
 def _pass_on(axes: tuple[str, ...]) -> Callable[[Any], Any]:

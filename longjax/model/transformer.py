@@ -9,9 +9,8 @@ depth.
 One `block` serves training, prefill and decoding (`incremental`); they differ
 by the `attend` function they hand it.
 
-Shapes: B rows, T positions, S prefix positions, V vocabulary, D model, F ffn,
-N query heads, K KV heads, H head size, E experts, A active experts, L layers,
-P prompts.
+Shapes: B rows, T positions, V vocabulary, D model, F ffn, N query heads, K KV
+heads, H head size, E experts, A active experts, L layers.
 """
 
 from collections.abc import Callable
@@ -34,14 +33,6 @@ from longjax.model import (
 )
 from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
-
-
-@struct.dataclass
-class KeyValues:
-  """Rotated keys and values of all layers, f[L, ..., K, H]."""
-
-  key: jax.Array
-  value: jax.Array
 
 
 @struct.dataclass
@@ -149,50 +140,6 @@ def block(
   return x + project('btf,fd->btd', gate * up, 'down'), passed_back, None
 
 
-def _run_rows(
-    params: types.Params,
-    tokens: jax.Array,  # i32[B, T]
-    meta: rows.TokenMeta,  # i32[B, T]
-    *,
-    config: architecture.ModelConfig,
-    rules: rules_lib.Rules,
-    compute: compute_lib.Compute,
-    expert_ids: jax.Array | None,  # i32[L, B, T, A]
-    keep_cache: bool,
-) -> tuple[Hidden, KeyValues | None]:
-  """Runs all layers over rows; the cache is kept only for prefill."""
-  dims = chex.Dimensions()
-  dims['BT'] = tokens.shape
-  chex.assert_shape([meta.group, meta.branch, meta.position], dims['BT'])
-  angle = angles(meta.position, config)
-
-  def attend(q, k, v):
-    out, _ = attention.attention(
-        q, k, v, meta, meta, backend=compute.attention,
-        block_len=compute.block_len,
-        context_parallel=compute.context_parallel, rules=rules)
-    return out, KeyValues(key=k, value=v) if keep_cache else None
-
-  def step(x, layer_and_ids):
-    layer, ids = layer_and_ids
-    x = checkpoint_name(x, compute_lib.RESIDUAL)
-    x, cache, routing = block(
-        layer, x, angle, attend, config=config, rules=rules,
-        is_token=meta.group >= 0, expert_ids=ids)
-    x = rules.constrain(x, 'batch', 'seq', 'activation_embed')
-    return x, (cache, routing)
-
-  step = compute_lib.checkpointed(step, compute.remat)
-  x = projection.lookup(
-      params['embedding'], tokens, dtype=compute.activation_dtype,
-      rules=rules)
-  x = rules.constrain(x, 'batch', 'seq', 'activation_embed')
-  x, (cache, routing) = jax.lax.scan(
-      step, x, (params['layers'], expert_ids))
-  states = rms_norm(x, params['final_norm'], epsilon=config.norm_epsilon)
-  return Hidden(states=states, routing=routing), cache
-
-
 def hidden_states(
     params: types.Params,
     tokens: jax.Array,  # i32[B, T]
@@ -214,24 +161,32 @@ def hidden_states(
     compute: backends, dtype, remat.
     expert_ids: experts to use again, e.g. the sampler's; None chooses them.
   """
-  hidden, _ = _run_rows(
-      params, tokens, meta, config=config, rules=rules, compute=compute,
-      expert_ids=expert_ids, keep_cache=False)
-  return hidden
+  dims = chex.Dimensions()
+  dims['BT'] = tokens.shape
+  chex.assert_shape([meta.group, meta.branch, meta.position], dims['BT'])
+  angle = angles(meta.position, config)
 
+  def attend(q, k, v):
+    out, _ = attention.attention(
+        q, k, v, meta, meta, backend=compute.attention,
+        block_len=compute.block_len,
+        context_parallel=compute.context_parallel, rules=rules)
+    return out, None
 
-def prefill(
-    params: types.Params,
-    tokens: jax.Array,  # i32[P, S]
-    meta: rows.TokenMeta,  # i32[P, S]
-    *,
-    config: architecture.ModelConfig,
-    rules: rules_lib.Rules,
-    compute: compute_lib.Compute,
-) -> tuple[KeyValues, moe.Routing | None]:  # f[L, P, S, K, H]
-  """Keys and values of prompts, one prompt a row, and their routing."""
-  hidden, cache = _run_rows(
-      params, tokens, meta, config=config, rules=rules, compute=compute,
-      expert_ids=None, keep_cache=True)
-  assert cache is not None
-  return cache, hidden.routing
+  def step(x, layer_and_ids):
+    layer, ids = layer_and_ids
+    x = checkpoint_name(x, compute_lib.RESIDUAL)
+    x, _, routing = block(
+        layer, x, angle, attend, config=config, rules=rules,
+        is_token=meta.group >= 0, expert_ids=ids)
+    x = rules.constrain(x, 'batch', 'seq', 'activation_embed')
+    return x, routing
+
+  step = compute_lib.checkpointed(step, compute.remat)
+  x = projection.lookup(
+      params['embedding'], tokens, dtype=compute.activation_dtype,
+      rules=rules)
+  x = rules.constrain(x, 'batch', 'seq', 'activation_embed')
+  x, routing = jax.lax.scan(step, x, (params['layers'], expert_ids))
+  states = rms_norm(x, params['final_norm'], epsilon=config.norm_epsilon)
+  return Hidden(states=states, routing=routing)

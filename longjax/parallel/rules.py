@@ -36,17 +36,19 @@ TRAIN: Table = {
 }
 
 # The sampler reads every weight once a token: gathering them each time would
-# dominate, so they are gathered once and kept.
-PREFILL: Table = {**TRAIN, 'embed': (), 'expert_embed': ()}
+# dominate, so they are gathered once and kept. `prefix` is the length of a
+# prompt's keys and values.
+PREFILL: Table = {
+    **TRAIN, 'embed': (), 'expert_embed': (), 'prefix': ('seq',)}
 
 # One token of each sample at a time: there is no sequence to split but that of
 # the prompt, whose keys and values stay where prefill made them.
-DECODE: Table = {**PREFILL, 'seq': (), 'prefix': ('seq',)}
+DECODE: Table = {**PREFILL, 'seq': ()}
 
 # With prompts enough for the devices along `seq` too, each takes some for its
 # own: else those devices would repeat one another's work and hold copies of
 # the samples' keys and values.
-DECODE_BY_PROMPT: Table = {
+BY_PROMPT: Table = {
     **DECODE, 'batch': (*TRAIN['batch'], 'seq'), 'prefix': ()}
 
 # Names that stay whole where they do not divide: a model may have fewer key
@@ -54,10 +56,21 @@ DECODE_BY_PROMPT: Table = {
 _WHOLE_IF_NEEDED = ('kv_heads',)
 
 
-def decode_table(mesh: Mesh, num_prompts: int) -> Table:
+@dataclasses.dataclass(frozen=True)
+class SamplerRules:
+  """Where the sampler's programs keep things; lanes lie alike in both."""
+
+  prefill: 'Rules'
+  decode: 'Rules'
+
+
+def for_sampler(rules: 'Rules', num_lanes: int) -> SamplerRules:
   """How to sample from so many prompts at once."""
-  size = math.prod(mesh.shape[a] for a in DECODE_BY_PROMPT['batch'])
-  return DECODE if num_prompts % size else DECODE_BY_PROMPT
+  size = math.prod(rules.mesh.shape[a] for a in BY_PROMPT['batch'])
+  prefill, decode = (
+      (PREFILL, DECODE) if num_lanes % size else (BY_PROMPT, BY_PROMPT))
+  return SamplerRules(
+      prefill=Rules(rules.mesh, prefill), decode=Rules(rules.mesh, decode))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,25 +60,21 @@ def visible_pairs(num_prefix: int, branches: Sequence[int]) -> int:
       n * num_prefix + n * (n + 1) // 2 for n in branches)
 
 
-def group_meta(
-    num_prefix: int, branches: Sequence[int], *, row_len: int
+def row_meta(
+    groups: Sequence[tuple[int, Sequence[int]]], *, row_len: int
 ) -> rows.TokenMeta:  # i32[1, T]
-  """One row, filled with as many such groups as it holds, then padding."""
-  size = num_prefix + sum(branches)
-  position = np.concatenate(
-      [np.arange(num_prefix), *(num_prefix + np.arange(n) for n in branches)])
-  branch = np.repeat(np.arange(len(branches) + 1), [num_prefix, *branches])
-  num_groups = row_len // size
-  rest = row_len - num_groups * size
-
-  def row(values, fill):
-    values = np.concatenate([values, np.full(rest, fill)])
-    return np.int32(values[None])
-
-  return rows.TokenMeta(
-      group=row(np.repeat(np.arange(num_groups), size), -1),
-      branch=row(np.tile(branch, num_groups), 0),
-      position=row(np.tile(position, num_groups), 0))
+  """One row of groups, each given by its p and n, then padding."""
+  meta = rows.empty(1, row_len).meta
+  start = 0
+  for number, (num_prefix, branches) in enumerate(groups):
+    end = start + num_prefix + sum(branches)
+    meta.group[0, start:end] = number
+    meta.branch[0, start:end] = np.repeat(
+        np.arange(len(branches) + 1), [num_prefix, *branches])
+    meta.position[0, start:end] = np.concatenate([
+        np.arange(num_prefix), *(num_prefix + np.arange(n) for n in branches)])
+    start = end
+  return meta
 
 
 def executed_pairs(

@@ -6,50 +6,101 @@ B rows, T tokens of a row.
 import dataclasses
 from typing import Literal
 
+from longjax.model import architecture
+from longjax.model import compute as compute_lib
+from longjax.parallel import rules as rules_lib
+from longjax.rl import placement
+from longjax.rollout import decode, engine
 from longjax.train import rl_stage, sft_job
 
 Stage = rl_stage.RlStage | sft_job.SupervisedConfig
 Name = Literal['prefill', 'decode', 'score', 'update']
 
 
+# Tokens of a group in a row: of its prefix, of each of its branches there.
+Group = tuple[int, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+  """T, and the groups of each of the B rows."""
+
+  row_len: int
+  rows: tuple[tuple[Group, ...], ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """The rows of an update.
+  """The rows of an optimizer step.
 
   Attributes:
-    num_rows: B, of one optimizer step.
-    rows_at_once: of a micro-batch.
-    num_prefix: tokens of a group's prefix.
-    branches: tokens of each of its branches.
-    num_groups: in all rows.
+    group: each of the groups, whole.
+    num_groups: of the step.
+    micro_batches: as they are computed.
   """
 
-  num_rows: int
-  rows_at_once: int
-  num_prefix: int
-  branches: tuple[int, ...]
+  group: Group
   num_groups: int
+  micro_batches: tuple[MicroBatch, ...]
 
 
-def layout(stage: Stage) -> Layout:
-  """Rows of one update when all are as long as they may be."""
+def row_lens(stage: Stage) -> tuple[int, ...]:
+  """T: the lengths rows may have, increasing."""
+  if isinstance(stage, rl_stage.RlStage):
+    return stage.row_lens
+  return (stage.row_len,)
+
+
+def rows_at_once(stage: Stage, rules: rules_lib.Rules) -> int:
+  """B."""
+  if isinstance(stage, rl_stage.RlStage):
+    return rl_stage.rows_at_once(stage, rules)
+  return stage.rows_at_once or stage.num_rows
+
+
+def layout(stage: Stage, rules: rules_lib.Rules) -> Layout:
+  """Rows of one optimizer step when all are as long as they may be."""
+  num_rows = rows_at_once(stage, rules)
   if isinstance(stage, sft_job.SupervisedConfig):
+    document = (stage.row_len, ())
     return Layout(
-        num_rows=stage.num_rows, num_groups=stage.num_rows,
-        rows_at_once=stage.rows_at_once or stage.num_rows,
-        num_prefix=stage.row_len, branches=())
-  # As `rows.pack` writes them: branches begin with the last prompt token.
-  num_prefix = stage.max_prompt_len - 1
-  branches = (stage.sampler.max_response_len,) * stage.num_samples
+        group=document, num_groups=stage.num_rows,
+        micro_batches=(MicroBatch(
+            row_len=stage.row_len, rows=((document,),) * num_rows),) * (
+                stage.num_rows // num_rows))
+  # As `rows.write` does it: branches begin with the last prompt token.
+  whole = placement.Lengths(
+      prefix=stage.max_prompt_len - 1,
+      branches=(stage.sampler.max_response_len,) * stage.num_samples)
   num_groups = stage.num_prompts // stage.num_minibatches
-  groups_a_row = stage.row_len // (num_prefix + sum(branches))
-  num_rows = -(-num_groups // groups_a_row)
-  num_rows = -(-num_rows // stage.row_multiple) * stage.row_multiple
+  placed = placement.place(
+      [whole] * num_groups, row_lens=stage.row_lens, num_rows=num_rows)
+
+  def part(piece: placement.Piece) -> Group:
+    return whole.prefix, tuple(whole.branches[b] for b in piece.branches)
+
   return Layout(
-      num_rows=num_rows, num_groups=num_groups, num_prefix=num_prefix,
-      branches=branches, rows_at_once=stage.rows_at_once or num_rows)
+      group=(whole.prefix, whole.branches), num_groups=num_groups,
+      micro_batches=tuple(
+          MicroBatch(row_len=made.row_len, rows=tuple(
+              tuple(part(piece) for piece in row) for row in made.rows))
+          for made in placed))
 
 
 def prompts_at_once(stage: rl_stage.RlStage) -> int:
-  """Prompts of one call of the sampler."""
-  return stage.prompts_per_batch or stage.num_prompts
+  """Prompts whose keys and values the sampler holds."""
+  return stage.engine.prompts_at_once
+
+
+def sampler(
+    stage: rl_stage.RlStage,
+    model: architecture.ModelConfig,
+    rules: rules_lib.Rules,
+    compute: compute_lib.Compute,
+) -> decode.Programs:
+  """The sampler's programs; which tokens stop changes nothing."""
+  return engine.programs(
+      stage.engine, stage.max_prompt_len, sampler=stage.sampler,
+      rules=rules_lib.for_sampler(rules, prompts_at_once(stage)),
+      config=model, compute=compute, stop_ids=(0, 1),
+      record_experts=stage.replay_experts)

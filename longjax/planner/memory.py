@@ -4,8 +4,6 @@ By what the programs are made of: weights, caches, activations. What the
 compiler adds is not seen.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from longjax.model import architecture
@@ -76,8 +74,7 @@ def least(
   state = parameters + parameters / 4 * _BYTES_OF_MOMENTS[
       stage.optimizer.moments]
   if name == 'update':
-    made = layout.layout(stage)
-    tokens = made.rows_at_once * stage.row_len / (
+    tokens = layout.rows_at_once(stage, rules) * layout.row_lens(stage)[-1] / (
         rules.size('batch') * rules.size('seq'))
     kept = 0.0
     if compute.remat in (compute_lib.Remat.BLOCK, compute_lib.Remat.ATTENTION):
@@ -89,26 +86,26 @@ def least(
   if name == 'score':
     return state
   assert isinstance(stage, rl_stage.RlStage)
-  decode_rules = dataclasses.replace(rules, table=rules_lib.decode_table(
-      rules.mesh, layout.prompts_at_once(stage)))
-  caches = sum(_caches(stage, model, decode_rules, width))
+  sampler = rules_lib.for_sampler(rules, layout.prompts_at_once(stage))
+  caches = sum(_caches(stage, model, sampler.decode, width))
   weights = width * model.num_layers * _matrix_share(model, rules)
-  return state + weights + (caches if name == 'decode' else 0)
+  return state + weights + caches
 
 
 def _caches(stage, model, rules, width) -> tuple[float, float]:
   """Bytes of a device's keys and values: of prompts, of their samples."""
   token = (2 * model.num_layers * model.head_dim * width
-           * max(1.0, model.num_kv_heads / rules.size('kv_heads')))
-  token *= layout.prompts_at_once(stage) / rules.size('batch')
-  own = stage.num_samples * stage.sampler.max_response_len * token
-  return stage.max_prompt_len * token / rules.size('prefix'), own
+           * max(1.0, model.num_kv_heads / rules.size('kv_heads'))
+           / rules.size('batch'))
+  lanes = layout.prompts_at_once(stage) * stage.max_prompt_len
+  slots = stage.engine.num_slots * stage.sampler.max_response_len
+  return lanes * token / rules.size('prefix'), slots * token
 
 
-def of_token(stage, model, rules, compute, num_prompts) -> float:
+def of_token(stage, model, rules, compute) -> float:
   """Weights, the prompts' keys and values, the samples' own."""
   width = jnp.dtype(compute.dtype).itemsize
-  samples = num_prompts * stage.num_samples / rules.size('batch')
+  samples = stage.engine.num_slots / rules.size('batch')
   attention = flops.attention_weights(model) / rules.size('heads')
   ffn = 3 * model.embed_dim * model.ffn_dim / rules.size('ffn')
   if model.moe:

@@ -1,7 +1,7 @@
 """The programs of a stage, lowered from shapes alone and compiled for a slice.
 
 They are the ones that training runs: `step.make_update`, `step.make_score` and
-the sampler `decode.generate`, whose prefill is also compiled apart. Arguments
+the sampler's `decode.Programs.fill` (prefill) and `write` (decode). Arguments
 are shapes with shardings; there is no array and no device.
 
 P prompts, G samples per prompt, S prompt tokens, R response tokens, B rows, T
@@ -23,11 +23,12 @@ import numpy as np
 import optax
 
 from longjax import rows, types
-from longjax.model import architecture
+from longjax.model import architecture, cache, incremental, parameters
 from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
 from longjax.planner import layout
 from longjax.rollout import decode as decode_lib
+from longjax.rollout import engine as engine_lib
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_job, rl_stage, sft_job
 from longjax.train import state as state_lib
@@ -98,9 +99,10 @@ class Shapes:
     return jax.ShapeDtypeStruct(
         shape, dtype, sharding=self.rules.sharding(*logical))
 
-  def rows(self, num_rows: int) -> rows.Rows:
-    """Rows [B, T]."""
-    shape = (num_rows, self.stage.row_len)
+  def rows(self) -> rows.Rows:
+    """The micro-batch of the longest rows, [B, T]."""
+    shape = (layout.rows_at_once(self.stage, self.rules),
+             layout.row_lens(self.stage)[-1])
     made = jax.tree.map(
         lambda x: self.array(shape, x.dtype, 'batch', 'seq'), rows.empty(1, 1))
     if getattr(self.stage, 'replay_experts', False):
@@ -111,15 +113,55 @@ class Shapes:
     return made
 
 
+  @property
+  def engine(self) -> engine_lib.EngineConfig:
+    """Lanes and slots."""
+    assert isinstance(self.stage, rl_stage.RlStage)
+    return self.stage.engine
+
+  @property
+  def sampler(self) -> decode_lib.Programs:
+    """The sampler's programs."""
+    assert isinstance(self.stage, rl_stage.RlStage)
+    return layout.sampler(self.stage, self.model, self.rules, self.compute)
+
+  def sampler_params(self) -> types.Params:
+    """Weights as the sampler keeps them."""
+    sampler = self.sampler
+    made = jax.eval_shape(sampler.prepare, parameters.abstract(self.model))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding),
+        made, sampler.rules.decode.tree_shardings(
+            parameters.axes(self.model), made))
+
+  def caches(self) -> tuple[cache.Cache, cache.Cache]:
+    """Lanes and slots."""
+    sampler, rules = self.sampler, self.sampler.rules.decode
+    shapes = jax.eval_shape(lambda: sampler.allocate(
+        self.engine.prompts_at_once, self.engine.num_slots))
+
+    def placed(tree, names):
+      return jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(
+              x.shape, x.dtype,
+              sharding=rules.sharding(*rules.fit(x.shape, *names))), tree)
+
+    return placed(shapes[0], cache.LANES), placed(shapes[1], cache.SLOTS)
+
+
 def optimizer(stage: layout.Stage) -> optax.GradientTransformation:
   """Of a stage; its schedule changes neither shapes nor speed."""
   return optimizer_lib.make(stage.optimizer, num_steps=stage.steps)
 
 
 def update(shapes: Shapes) -> Program:
-  """One optimizer step."""
+  """The gradient of a micro-batch, added to what others gave.
+
+  It holds what the step has to hold at once but the moments; what comes after
+  it, the optimizer's own program, needs no activations.
+  """
   stage = shapes.stage
-  made = layout.layout(stage)
   loss: Any
   if isinstance(stage, rl_stage.RlStage):
     num_responses = stage.num_prompts * stage.num_samples
@@ -136,46 +178,67 @@ def update(shapes: Shapes) -> Program:
     loss = functools.partial(sft_job.loss, context=shapes.context)
     extras = {'num_tokens': shapes.array((), jnp.float32)}
   gradient_transformation = optimizer(stage)
-  jitted = step_lib.make_update(
-      loss, gradient_transformation, config=shapes.model, rules=shapes.rules,
-      rows_at_once=made.rows_at_once)
-  state = state_lib.abstract(
-      shapes.model, gradient_transformation, shapes.rules)
-  is_applied = shapes.array((), jnp.bool_)
-  return jitted, (state, shapes.rows(made.num_rows), extras, is_applied)
+  programs = step_lib.make_update(
+      loss, gradient_transformation, config=shapes.model, rules=shapes.rules)
+  params, made = _params(shapes), shapes.rows()
+  started = jax.eval_shape(programs.start, params, made, extras)
+
+  def summed(like):  # Loss and metrics are whole on every device.
+    return jax.tree.map(lambda x: shapes.array(x.shape, x.dtype), like)
+
+  total = step_lib.Total(
+      gradients=params, loss=summed(started.loss),
+      metrics=summed(started.metrics))
+  return programs.accumulate, (params, total, made, extras)
 
 
 def score(shapes: Shapes) -> Program:
-  """Log-probabilities and entropies of a whole batch."""
+  """Log-probabilities and entropies of a micro-batch."""
   stage = shapes.stage
   assert isinstance(stage, rl_stage.RlStage)
-  made = layout.layout(dataclasses.replace(stage, num_minibatches=1))
   jitted = step_lib.make_score(
       config=shapes.model, temperature=stage.sampler.temperature,
-      rules=shapes.rules, compute=shapes.compute,
-      rows_at_once=stage.rows_at_once)
-  return jitted, (_params(shapes), shapes.rows(made.num_rows))
+      rules=shapes.rules, compute=shapes.compute)
+  return jitted, (_params(shapes), shapes.rows())
 
 
 def prefill(shapes: Shapes) -> Program:
-  """The first part of the sampler."""
-  function = functools.partial(
-      decode_lib.prefill, config=shapes.model, rules=shapes.rules,
-      compute=shapes.compute)
-  return jax.jit(function), (_params(shapes), _prompts(shapes))
+  """A chunk of as many prompts as are read at once."""
+  sampler = shapes.sampler
+  num_chunks = sampler.chunks_at_once(shapes.engine.prompts_at_once)
+
+  def each(dtype, *shape):
+    return shapes.array((num_chunks, *shape), dtype)
+
+  number = each(jnp.int32)
+  job = decode_lib.Fill(
+      tokens=each(jnp.int32, sampler.chunk_len), lane=number, start=number,
+      length=number, is_used=each(jnp.bool_))
+  lanes, _ = shapes.caches()
+  return jax.jit(sampler.fill, donate_argnums=1), (
+      shapes.sampler_params(), lanes, job)
 
 
 def decode(shapes: Shapes) -> Program:
-  """The whole sampler: prefill and the loop that decodes, one program."""
-  stage = shapes.stage
-  assert isinstance(stage, rl_stage.RlStage)
-  function = functools.partial(
-      decode_lib.generate, num_samples=stage.num_samples, stop_ids=(0, 1),
-      sampler=stage.sampler, config=shapes.model, rules=shapes.rules,
-      compute=shapes.compute, record_experts=stage.replay_experts)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.jit(function), (
-      _params(shapes), _prompts(shapes), shapes.array(key.shape, key.dtype))
+  """Many tokens of every sample that is written at once."""
+  sampler, config = shapes.sampler, shapes.engine
+  lanes, slots = shapes.caches()
+
+  def each(dtype, *shape):
+    return shapes.array((config.num_slots, *shape), dtype)
+
+  key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+  number, count = each(jnp.int32), shapes.array((), jnp.int32)
+  samples = decode_lib.Samples(
+      token=number, num_read=number, max_len=number, is_live=each(jnp.bool_),
+      key=each(key.dtype, *key.shape), number=number,
+      seats=incremental.Seats(
+          slot=shapes.array(
+              (config.prompts_at_once, config.samples_per_prompt), jnp.int32),
+          seat=number),
+      lane_length=shapes.array((config.prompts_at_once,), jnp.int32))
+  return jax.jit(sampler.write, donate_argnums=2), (
+      shapes.sampler_params(), lanes, slots, count, samples, count, count)
 
 
 PROGRAMS: dict[str, Callable[[Shapes], Program]] = {
@@ -190,7 +253,7 @@ def names(stage: layout.Stage) -> tuple[layout.Name, ...]:
   """The programs of a stage, in the order a step runs them."""
   if not isinstance(stage, rl_stage.RlStage):
     return ('update',)
-  if stage.entropy_source == 'sampler':
+  if not stage.is_scored:
     return ('prefill', 'decode', 'update')
   return ('prefill', 'decode', 'score', 'update')
 
@@ -198,19 +261,6 @@ def names(stage: layout.Stage) -> tuple[layout.Name, ...]:
 def _params(shapes: Shapes) -> types.Params:
   return state_lib.abstract(
       shapes.model, optimizer(shapes.stage), shapes.rules).params
-
-
-def _prompts(shapes: Shapes) -> decode_lib.PromptBatch:
-  stage = shapes.stage
-  assert isinstance(stage, rl_stage.RlStage)
-  num_prompts = layout.prompts_at_once(stage)
-
-  def one(dtype, *shape):
-    return shapes.array((num_prompts, *shape), dtype, 'batch')
-
-  return decode_lib.PromptBatch(
-      tokens=one(jnp.int32, stage.max_prompt_len), last_token=one(jnp.int32),
-      lengths=one(jnp.int32), numbers=one(jnp.uint32))
 
 
 def bytes_on_device(tree: Any) -> int:
@@ -237,8 +287,14 @@ def compile_facts(
   start, cpu_start = time.perf_counter(), time.process_time()
   state = state_lib.abstract(
       shapes.model, optimizer(shapes.stage), shapes.rules)
-  # The update's arguments are the whole state, others get parameters only.
-  beside = 0 if name == 'update' else bytes_on_device(state.opt_state)
+  # Gradients and scores are formed from parameters only, the sampler has
+  # copies of them.
+  if name in ('prefill', 'decode'):
+    beside = bytes_on_device(state)
+  else:
+    beside = bytes_on_device(state.opt_state)
+  if name == 'prefill':
+    beside += bytes_on_device(shapes.caches()[1])
   with shapes.compute.matmul_precision():
     jitted, arguments = PROGRAMS[name](shapes)
     lowered = jitted.lower(*arguments)

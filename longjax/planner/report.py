@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 
 from longjax import config
-from longjax.planner import flops, plan, search, topologies
+from longjax.planner import flops, layout, plan, search, topologies
 from longjax.train import rl_stage
 
 _GIB = 1024**3
@@ -67,7 +67,7 @@ def _stage(stage: Any) -> str:
         f'{stage.num_prompts} prompts of {stage.max_prompt_len:,} tokens, '
         f'{stage.num_samples} responses of '
         f'{stage.sampler.max_response_len:,} each; rows of '
-        f'{stage.row_len:,}')
+        f'{", ".join(f"{row_len:,}" for row_len in stage.row_lens)}')
   return f'{stage.num_rows} rows of {stage.row_len:,} tokens'
 
 
@@ -235,7 +235,7 @@ def _content(planned: Planned) -> dict[str, Any]:
       'programs': {p.name: _program(p) for p in made.programs},
       'longest': planned.longest and {
           'sequence_len': search.sequence_len(planned.longest.stage),
-          'row_len': planned.longest.stage.row_len,
+          'row_len': layout.row_lens(planned.longest.stage)[-1],
           'stretch': planned.longest.stretch,
           'limited_by': planned.longest.limited_by,
           'compiled_at': planned.longest.compiled},

@@ -66,7 +66,8 @@ def stretched(
   def length(tokens: float, multiple: int) -> int:
     return max(round(tokens * factor / multiple), 1) * multiple
 
-  block = min(_BLOCK, max(1, int(stage.row_len * factor) // (8 * num_shards)))
+  shortest = layout.row_lens(stage)[0]
+  block = min(_BLOCK, max(1, int(shortest * factor) // (8 * num_shards)))
   block = 1 << block.bit_length() - 1
   multiple = num_shards * block
   if not isinstance(stage, rl_stage.RlStage):
@@ -75,11 +76,12 @@ def stretched(
       stage.sampler,
       max_response_len=length(stage.sampler.max_response_len, 1))
   max_prompt_len = length(stage.max_prompt_len, multiple)
-  longest = max_prompt_len + stage.num_samples * sampler.max_response_len
-  row_len = max(
-      length(stage.row_len, multiple), -(-longest // multiple) * multiple)
+  *short, longest = (length(row_len, multiple) for row_len in stage.row_lens)
+  least = max_prompt_len + sampler.max_response_len
+  longest = max(longest, -(-least // multiple) * multiple)
   return dataclasses.replace(
-      stage, sampler=sampler, max_prompt_len=max_prompt_len, row_len=row_len)
+      stage, sampler=sampler, max_prompt_len=max_prompt_len,
+      row_lens=tuple(sorted({*short, longest})))
 
 
 def longest(made: plan.StagePlan) -> Longest:
@@ -176,9 +178,9 @@ def moved(question: plan.Question, topology: str) -> plan.Question | None:
     if isinstance(stage, rl_stage.RlStage):
       num_prompts = at_once(layout.prompts_at_once(stage))
       stage = dataclasses.replace(
-          stage, row_multiple=at_once(stage.row_multiple),
+          stage,
           rows_at_once=stage.rows_at_once and at_once(stage.rows_at_once),
-          prompts_per_batch=min(num_prompts, stage.num_prompts))
+          prompts_at_once=min(num_prompts, stage.num_prompts))
     else:
       rows_at_once = at_once(stage.rows_at_once or stage.num_rows)
       stage = dataclasses.replace(

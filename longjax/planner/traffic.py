@@ -252,6 +252,30 @@ def sampler_weights(
   ]
 
 
+def of_queries(
+    model: architecture.ModelConfig,
+    rules: rules_lib.Rules,
+    *,
+    num_tokens: int,
+    dtype: str,
+) -> list[transfer.Transfer]:
+  """Of chunks that attend to lanes split over `seq`: queries go, sums return.
+
+  Args:
+    model: sizes.
+    rules: with the sampler's table.
+    num_tokens: of all chunks.
+    dtype: of activations.
+  """
+  num_devices = rules.size('seq')
+  numbers = (num_tokens / rules.size('batch') * model.num_layers
+             * model.num_heads / rules.size('heads') * model.head_dim)
+  width = jnp.dtype(dtype).itemsize
+  made = [_gathered('queries', num_devices, numbers * width),
+          _gathered('attention over the prompt', num_devices, numbers * 4)]
+  return [t for t in made if t.num_bytes]
+
+
 def of_token(
     model: architecture.ModelConfig,
     rules: rules_lib.Rules,

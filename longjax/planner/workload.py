@@ -8,11 +8,13 @@ P prompts, G samples per prompt, S prompt tokens, R response tokens, B rows, T
 tokens of a row.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from longjax.model import architecture
 from longjax.model import attention as attention_lib
@@ -95,10 +97,12 @@ class Work:
 
 
 @functools.cache
-def _pairs_of_row(num_prefix, branches, row_len, block_len, num_shards):
+def _pairs_of_row(groups, row_len, block_len, num_shards):
+  if not groups:
+    return 0, 1.0
   return flops.executed_pairs(
-      flops.group_meta(num_prefix, branches, row_len=row_len),
-      block_len=block_len, num_shards=num_shards)
+      flops.row_meta(groups, row_len=row_len), block_len=block_len,
+      num_shards=num_shards)
 
 
 def update(
@@ -122,56 +126,99 @@ def score(
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
 ) -> Work:
-  """Log-probabilities and entropies of a whole batch."""
+  """Log-probabilities and entropies of the rows of an optimizer step."""
   return _over_rows(
-      dataclasses.replace(
-          stage, num_minibatches=1, num_epochs=1), model, rules,
-      compute, passes=traffic.Passes(),
-      num_runs=float(stage.entropy_source == 'trainer_forward'))
+      stage, model, rules, compute, passes=traffic.Passes(),
+      num_runs=stage.num_minibatches * stage.is_scored)
 
 
 def _over_rows(
     stage, model, rules, compute, *, passes, num_runs
 ) -> Work:
   """Forward passes over rows, and backward passes if there are any."""
-  made = layout.layout(stage)
-  chosen = attention(made.rows_at_once, stage.row_len, model, rules, compute)
-  pairs, imbalance = _pairs_of_row(
-      made.num_prefix, made.branches, stage.row_len, chosen.block_len,
-      rules.size('seq'))
-  group_len = made.num_prefix + sum(made.branches)
+  made = layout.layout(stage, rules)
+  num_prefix, branches = made.group
+  group_len = num_prefix + sum(branches)
   # One branch-less group is a document: all of it is trained.
-  num_scored = made.num_groups * (sum(made.branches) or group_len)
+  num_scored = made.num_groups * (sum(branches) or group_len)
   needed = flops.forward(
       model, num_tokens=made.num_groups * group_len, num_scored=num_scored,
-      num_pairs=made.num_groups * flops.visible_pairs(
-          made.num_prefix, made.branches))
+      num_pairs=made.num_groups * flops.visible_pairs(num_prefix, branches))
+  # Few differ; the first has the longest rows.
+  parts = [
+      (_of_micro_batch(part, model, rules, compute, passes), number)
+      for part, number in collections.Counter(made.micro_batches).items()]
+  num_pairs = sum(part.num_pairs * n for part, n in parts)
   executed = flops.forward(
-      model, num_tokens=made.num_rows * stage.row_len, num_scored=num_scored,
-      num_pairs=made.num_rows * pairs)
+      model, num_tokens=sum(part.num_tokens * n for part, n in parts),
+      num_scored=num_scored, num_pairs=num_pairs)
+  chosen = parts[0][0].attention
   if passes.backward:
     needed = flops.needed_update(needed)
     executed = flops.executed_update(
         executed, model, remat=compute.remat,
         is_ring=rules.size('experts') > 1,
         backward_matmuls=chosen.backward_matmuls)
-  num_parts = made.num_rows // made.rows_at_once
-  transfers = traffic.repeated(
-      traffic.of_rows(
-          model, rules, num_rows=made.rows_at_once, row_len=stage.row_len,
-          ring=chosen.is_ring, dtype=compute.dtype, passes=passes,
-          with_head=True), num_parts)
-  memory_bytes = num_parts * memory.of_rows(
-      model, rules, compute, passes,
-      num_tokens=made.rows_at_once * stage.row_len,
-      num_pairs=made.rows_at_once * pairs, block_len=chosen.block_len)
+  memory_bytes = sum(part.memory_bytes * n for part, n in parts)
   if passes.backward:
-    memory_bytes += memory.of_optimizer(model, rules, num_parts)
+    memory_bytes += memory.of_optimizer(model, rules, len(made.micro_batches))
+  mean_pairs = num_pairs / (rules.size('batch') * rules.size('seq'))
+  num_rows = sum(len(part.rows) for part in made.micro_batches)
   return Work(
-      what=f'{made.num_rows} rows of {stage.row_len:,} tokens, '
-      f'{made.rows_at_once} at once',
+      what=f'{num_rows} rows of {layout.row_lens(stage)[-1]:,} tokens, '
+      f'{layout.rows_at_once(stage, rules)} at once',
       num_runs=num_runs, needed=needed, executed=executed,
-      imbalance=imbalance, memory_bytes=memory_bytes, transfers=transfers,
+      imbalance=sum(part.busiest_pairs * n for part, n in parts) / mean_pairs,
+      memory_bytes=memory_bytes,
+      transfers=[
+          t for part, n in parts for t in traffic.repeated(part.transfers, n)],
+      attention=chosen)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+  """What a micro-batch executes.
+
+  Attributes:
+    num_tokens: padding included.
+    num_pairs: that attention computes, on all devices.
+    busiest_pairs: on the device that has the most of them.
+    memory_bytes: see `Work`.
+    transfers: see `Work`.
+    attention: see `Work`.
+  """
+
+  num_tokens: int
+  num_pairs: int
+  busiest_pairs: float
+  memory_bytes: float
+  transfers: list[transfer.Transfer]
+  attention: Attention
+
+
+@functools.cache
+def _of_micro_batch(
+    part: layout.MicroBatch, model, rules, compute, passes
+) -> _Part:
+  """One of the micro-batches, all of whose rows are computed at once."""
+  num_rows, row_len = len(part.rows), part.row_len
+  chosen = attention(num_rows, row_len, model, rules, compute)
+  pairs, imbalance = np.transpose([
+      _pairs_of_row(groups, row_len, chosen.block_len, rules.size('seq'))
+      for groups in part.rows])
+  # Neighbouring rows lie on the same devices.
+  busiest = (pairs * imbalance).reshape(rules.size('batch'), -1).sum(axis=1)
+  num_pairs = int(pairs.sum())
+  return _Part(
+      num_tokens=num_rows * row_len, num_pairs=num_pairs,
+      busiest_pairs=float(busiest.max()) / rules.size('seq'),
+      memory_bytes=memory.of_rows(
+          model, rules, compute, passes, num_tokens=num_rows * row_len,
+          num_pairs=num_pairs, block_len=chosen.block_len),
+      transfers=traffic.of_rows(
+          model, rules, num_rows=num_rows, row_len=row_len,
+          ring=chosen.is_ring, dtype=compute.dtype, passes=passes,
+          with_head=True),
       attention=chosen)
 
 
@@ -181,31 +228,42 @@ def prefill(
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
 ) -> Work:
-  """Keys and values of the prompts that are sampled from at once."""
-  num_prompts, length = layout.prompts_at_once(stage), stage.max_prompt_len
-  prefill_rules = dataclasses.replace(rules, table=rules_lib.PREFILL)
-  chosen = attention(num_prompts, length, model, rules, compute)
-  pairs, imbalance = _pairs_of_row(
-      length - 1, (), length, chosen.block_len, rules.size('seq'))
+  """A chunk of as many prompts as are read at once, half way through them."""
+  sampler = layout.sampler(stage, model, rules, compute)
+  num_chunks = sampler.chunks_at_once(layout.prompts_at_once(stage))
+  chunk_len, of_prompt = sampler.chunk_len, (
+      sampler.lane_len // sampler.chunk_len)
+  num_runs = stage.num_prompts * of_prompt / num_chunks
+  prefill_rules, num_tokens = sampler.rules.prefill, num_chunks * chunk_len
+  chosen = attention(num_chunks, chunk_len, model, prefill_rules, compute)
+  own, imbalance = _pairs_of_row(
+      ((chunk_len, ()),), chunk_len, chosen.block_len, 1)
+  read = stage.max_prompt_len - 1
   needed = flops.forward(
-      model, num_tokens=num_prompts * (length - 1), num_scored=0,
-      num_pairs=num_prompts * flops.visible_pairs(length - 1, ()))
+      model, num_tokens=stage.num_prompts * read, num_scored=0,
+      num_pairs=stage.num_prompts * flops.visible_pairs(read, ()))
+  # Of earlier chunks all keys are seen, half of them on average.
+  earlier = chunk_len * (sampler.lane_len - chunk_len) / 2
+  pairs = num_chunks * (own + earlier)
   executed = flops.forward(
-      model, num_tokens=num_prompts * length, num_scored=0,
-      num_pairs=num_prompts * pairs)
+      model, num_tokens=num_tokens, num_scored=0, num_pairs=pairs)
   transfers = [
-      *traffic.sampler_weights(model, rules, dtype=compute.dtype),
+      *traffic.repeated(
+          traffic.sampler_weights(model, rules, dtype=compute.dtype),
+          1 / num_runs),
       *traffic.of_rows(
-          model, prefill_rules, num_rows=num_prompts, row_len=length,
+          model, prefill_rules, num_rows=num_chunks, row_len=chunk_len,
           ring=chosen.is_ring, dtype=compute.dtype, passes=traffic.Passes(),
-          with_head=False)]
+          with_head=False),
+      *traffic.of_queries(
+          model, prefill_rules, num_tokens=num_tokens, dtype=compute.dtype)]
   return Work(
-      what=f'{num_prompts} prompts of {length:,} tokens',
-      num_runs=stage.num_prompts / num_prompts, needed=needed,
+      what=f'{num_chunks} chunks of {chunk_len:,} tokens',
+      num_runs=num_runs, needed=needed.times(*(1 / num_runs,) * 3),
       executed=executed, imbalance=imbalance, transfers=transfers,
       attention=chosen, memory_bytes=memory.of_rows(
           model, prefill_rules, compute, traffic.Passes(),
-          num_tokens=num_prompts * length, num_pairs=num_prompts * pairs,
+          num_tokens=num_tokens, num_pairs=pairs,
           block_len=chosen.block_len))
 
 
@@ -216,32 +274,30 @@ def decode(
     compute: compute_lib.Compute,
 ) -> Work:
   """One token of every sample, half way through the longest response."""
-  num_prompts, length = layout.prompts_at_once(stage), stage.max_prompt_len
-  num_slots = stage.sampler.max_response_len
-  num_samples = num_prompts * stage.num_samples
-  decode_rules = dataclasses.replace(
-      rules, table=rules_lib.decode_table(rules.mesh, num_prompts))
+  length, num_places = stage.max_prompt_len, stage.sampler.max_response_len
+  num_slots = stage.engine.num_slots
+  decode_rules = rules_lib.for_sampler(
+      rules, layout.prompts_at_once(stage)).decode
 
   def count(num_read):
     return flops.forward(
-        model, num_tokens=num_samples, num_scored=num_samples,
-        num_pairs=num_samples * (length + num_read))
+        model, num_tokens=num_slots, num_scored=num_slots,
+        num_pairs=num_slots * (length + num_read))
 
-  # Half the slots are filled on average, all of them are read.
-  needed, executed = count(num_slots / 2), count(num_slots)
+  # Half the places are filled on average, all of them are read.
+  needed, executed = count(num_places / 2), count(num_places)
   # Every device along an axis that does not split the samples repeats the
   # products with weights.
   copies = rules.mesh.size / (
       decode_rules.size('batch') * decode_rules.size('heads'))
   executed = executed.times(copies, 1, copies)
   return Work(
-      what=f'1 token of {num_prompts} x {stage.num_samples} samples',
-      num_runs=num_slots * stage.num_prompts / num_prompts, needed=needed,
-      executed=executed, imbalance=1.0,
-      memory_bytes=memory.of_token(
-          stage, model, decode_rules, compute, num_prompts),
+      what=f'1 token of {num_slots} samples',
+      num_runs=stage.num_prompts * stage.num_samples * num_places / num_slots,
+      needed=needed, executed=executed, imbalance=1.0,
+      memory_bytes=memory.of_token(stage, model, decode_rules, compute),
       transfers=traffic.of_token(
-          model, decode_rules, num_samples=num_samples, dtype=compute.dtype))
+          model, decode_rules, num_samples=num_slots, dtype=compute.dtype))
 
 
 WORK: dict[str, Callable[..., Work]] = {

@@ -1,6 +1,7 @@
 """A batch of graded rollouts becomes what the update needs.
 
-`pack` lays the responses out as rows in which every prompt stands once;
+`pack` lays the responses out as micro-batches of rows in which every prompt
+stands once, or more often if its responses do not fit into one row;
 `plan` turns rewards and entropies into one weight a token: advantages, the
 AEPO decision, clipping of negative gradients and the loss denominators, all
 over the whole batch and before any gradient.
@@ -9,6 +10,7 @@ Shapes: P prompts, G rollouts per prompt, N = P * G responses in prompt-major
 order, R response tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -20,46 +22,112 @@ import numpy as np
 from flax import struct
 
 from longjax import rows, types
-from longjax.rl import advantage, clipping, diagnostics, entropy_control, loss
+from longjax.rl import (
+    advantage,
+    clipping,
+    diagnostics,
+    entropy_control,
+    loss,
+    placement,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+  """Rows of one optimizer step, and what of them had to be computed.
+
+  Attributes:
+    micro_batches: NumPy rows, [B, T] each with its own T.
+    num_needed: tokens of all groups, each prompt once.
+    num_repeated: tokens of further copies of prompts.
+  """
+
+  micro_batches: list[rows.Rows]
+  num_needed: int
+  num_repeated: int
+
+
+def padding(packed: Sequence[Packed]) -> dict[str, float]:
+  """Metrics: the share of computed places that no response needs.
+
+  'padding' counts empty places and repeated prompts;
+  'padding/repeated_prefix' only these.
+  """
+  places = sum(part.tokens.size for p in packed for part in p.micro_batches)
+  needed = sum(p.num_needed for p in packed)
+  repeated = sum(p.num_repeated for p in packed)
+  return {'padding': 1.0 - needed / places,
+          'padding/repeated_prefix': repeated / places}
 
 
 def pack(
     prompts: Sequence[types.Prompt],
     rollouts: types.Rollouts,  # NumPy, [P, G, R]
     *,
-    row_len: int,
-    row_multiple: int,
+    row_lens: Sequence[int],
+    num_rows: int,
     first_trajectory: int = 0,
-) -> rows.Rows:
+) -> Packed:
   """Rows in which each prompt stands once, followed by its responses.
 
   Args:
     prompts: P of them.
-    rollouts: their responses.
-    row_len: T.
-    row_multiple: the number of rows is rounded up to a multiple of this, so
-      that few shapes occur and rows divide over devices.
+    rollouts: their responses; those of length 0 are left out.
+    row_lens: the lengths rows may have, increasing. A prompt whose responses do
+      not fit into one of the longest rows stands in several, see `placement`.
+    num_rows: of a micro-batch.
     first_trajectory: number of the first response, if these prompts are only
       a part of the batch.
 
   Returns:
-    NumPy rows whose `trajectory` counts responses prompt by prompt.
+    Micro-batches whose `trajectory` counts responses prompt by prompt; at least
+    one, of padding if there is no response.
   """
-  num_samples = rollouts.tokens.shape[1]
-  groups = []
-  for p, prompt in enumerate(prompts):
-    branches = []
-    for g in range(num_samples):
-      length = int(rollouts.lengths[p, g])
-      branches.append(rows.Branch(
-          response=rollouts.tokens[p, g, :length].tolist(),
-          trajectory=first_trajectory + p * num_samples + g,
-          expert_ids=_first(rollouts.expert_ids, (p, g), length)))
-    groups.append(rows.Group(
-        prompt=prompt.tokens, branches=branches,
-        expert_ids=_first(
-            rollouts.prompt_expert_ids, (p,), len(prompt.tokens) - 1)))
-  return rows.pack(groups, row_len=row_len, row_multiple=row_multiple)
+  groups = [
+      _group(prompts[p], rollouts, p, first_trajectory)
+      for p in range(len(prompts)) if rollouts.lengths[p].any()]
+  lengths = [
+      placement.Lengths(
+          prefix=len(group.prompt) - 1,
+          branches=tuple(len(branch.response) for branch in group.branches))
+      for group in groups]
+  micro_batches = placement.place(
+      lengths, row_lens=row_lens, num_rows=num_rows)
+
+  def part(piece: placement.Piece) -> rows.Group:
+    group = groups[piece.group]
+    return dataclasses.replace(
+        group, branches=[group.branches[b] for b in piece.branches])
+
+  num_needed = sum(n.prefix + sum(n.branches) for n in lengths)
+  num_placed = sum(
+      piece.num_tokens for made in micro_batches for row in made.rows
+      for piece in row)
+  return Packed(
+      micro_batches=[
+          rows.write([[part(piece) for piece in row] for row in made.rows],
+                     row_len=made.row_len)
+          for made in micro_batches],
+      num_needed=num_needed, num_repeated=num_placed - num_needed)
+
+
+def _group(
+    prompt: types.Prompt, rollouts: types.Rollouts, p: int,
+    first_trajectory: int,
+) -> rows.Group:
+  """Prompt number `p` with its responses."""
+  num_samples = rollouts.lengths.shape[1]
+  branches = []
+  for g in np.flatnonzero(rollouts.lengths[p]).tolist():
+    length = int(rollouts.lengths[p, g])
+    branches.append(rows.Branch(
+        response=np.asarray(rollouts.tokens[p, g, :length]),
+        trajectory=first_trajectory + p * num_samples + g,
+        expert_ids=_first(rollouts.expert_ids, (p, g), length)))
+  return rows.Group(
+      prompt=prompt.tokens, branches=branches,
+      expert_ids=_first(
+          rollouts.prompt_expert_ids, (p,), len(prompt.tokens) - 1))
 
 
 def _first(
@@ -188,14 +256,15 @@ def plan(
 
 
 def unpack(
-    values: np.ndarray,  # f32[B, T]
-    packed: rows.Rows,  # NumPy, [B, T]
+    values: Sequence[np.ndarray],  # f32[B, T], each its own
+    packed: Sequence[rows.Rows],  # NumPy, [B, T], each its own
     *,
     num_responses: int,
     max_response_len: int,
 ) -> np.ndarray:  # f32[N, R]
-  """Per-token values of rows, laid out by response; 0 past the end."""
-  out = np.zeros((num_responses, max_response_len), values.dtype)
-  mask = packed.loss_mask
-  out[packed.trajectory[mask], packed.response_index[mask]] = values[mask]
+  """Per-token values of micro-batches, by response; 0 past the end."""
+  out = np.zeros((num_responses, max_response_len), np.float32)
+  for of_part, part in zip(values, packed, strict=True):
+    mask = part.loss_mask
+    out[part.trajectory[mask], part.response_index[mask]] = of_part[mask]
   return out

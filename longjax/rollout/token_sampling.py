@@ -33,6 +33,8 @@ def sample(
     *,
     temperature: float,
     top_p: float,
+    top_k: int = 0,
+    banned: jax.Array | None = None,  # bool[..., V]
 ) -> Sampled:
   """Draws one token for each leading index by the Gumbel-max rule.
 
@@ -46,6 +48,11 @@ def sample(
       log-probability and entropy reported at temperature 1.
     top_p: the smallest set of tokens holding at least this mass is eligible,
       and tokens exactly as likely as its last; 1 makes every token eligible.
+    top_k: only the so many likeliest tokens are eligible, and those exactly as
+      likely as the last of them; `top_p` is then of their mass. 0 means all.
+    banned: tokens that are not eligible; None means there are none.
+
+  Log-probability and entropy are those before anything was made ineligible.
 
   Returns:
     The tokens drawn.
@@ -57,7 +64,13 @@ def sample(
   entropy_t1 = entropy
   if temperature not in (0.0, 1.0):
     entropy_t1 = _entropy(jax.nn.log_softmax(logits.astype(jnp.float32)))
-  eligible = _nucleus(logprobs, top_p) if top_p < 1.0 else logprobs
+  eligible = logprobs
+  if banned is not None:
+    eligible = jax.nn.log_softmax(jnp.where(banned, -jnp.inf, eligible))
+  if top_k:
+    eligible = _likeliest(eligible, top_k)
+  if top_p < 1.0:
+    eligible = _nucleus(eligible, top_p)
   if temperature:
     draw = jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,)))
     noise = draw(keys.reshape(-1)).reshape(logits.shape)
@@ -72,6 +85,16 @@ def _entropy(
     logprobs: jax.Array,  # f32[..., V]
 ) -> jax.Array:  # f32[...]
   return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+def _likeliest(
+    logprobs: jax.Array,  # f32[..., V]
+    top_k: int,
+) -> jax.Array:  # f32[..., V]
+  """Sets all but the `top_k` likeliest tokens to -inf; the others sum to 1."""
+  lowest = jax.lax.top_k(logprobs, min(top_k, logprobs.shape[-1]))[0][..., -1:]
+  return jax.nn.log_softmax(
+      jnp.where(logprobs >= lowest, logprobs, -jnp.inf))
 
 
 def _nucleus(

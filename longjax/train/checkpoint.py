@@ -23,7 +23,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -103,7 +102,8 @@ class Checkpointer:
 
     Args:
       step: its number; the newest checkpoint is the one with the highest.
-      tree: any pytree of arrays.
+      tree: any pytree of arrays, of jax or NumPy; the latter equal in all
+        processes.
       info: anything JSON can hold exactly.
 
     Raises:
@@ -117,7 +117,7 @@ class Checkpointer:
     if jax.default_backend() == 'cpu':
       # Host memory is read in place while the disk is written, and the
       # caller is about to donate it.
-      tree = jax.tree.map(jnp.copy, tree)
+      tree = jax.tree.map(lambda x: x.copy(), tree)
     args = ocp.args.Composite(
         tree=ocp.args.StandardSave(tree), info=ocp.args.JsonSave(info))
     self._saving = step
@@ -148,13 +148,14 @@ class Checkpointer:
         if path.name.isdecimal() and path.is_dir()
         and (not is_remote or (path / _COMMIT_FILE).exists()))
 
-  def restore(self, step: int, abstract_tree: chex.ArrayTree) -> Restored:
+  def restore(self, step: int, abstract_tree: Any) -> Restored:
     """Reads one checkpoint.
 
     Args:
       step: its number.
       abstract_tree: the tree that was saved, as ShapeDtypeStructs with the
-        shardings wanted now.
+        shardings wanted now, or NumPy arrays; or what makes it of the `info`
+        that was saved.
 
     Raises:
       UserError: it is absent or damaged.
@@ -166,15 +167,17 @@ class Checkpointer:
           f'checkpoint {self._directory / str(step)} is damaged: {problem}.')
     return self._restore(step, abstract_tree)
 
-  def _restore(self, step: int, abstract_tree: chex.ArrayTree) -> Restored:
-    items = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            tree=ocp.args.StandardRestore(abstract_tree),
-            info=ocp.args.JsonRestore()))
-    return Restored(step=step, tree=items.tree, info=items.info)
+  def _restore(self, step: int, abstract_tree: Any) -> Restored:
+    info = self._manager.restore(
+        step, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
+    if callable(abstract_tree):
+      abstract_tree = abstract_tree(info)
+    tree = self._manager.restore(
+        step, args=ocp.args.Composite(
+            tree=ocp.args.StandardRestore(abstract_tree))).tree
+    return Restored(step=step, tree=tree, info=info)
 
-  def restore_latest(self, abstract_tree: chex.ArrayTree) -> Restored | None:
+  def restore_latest(self, abstract_tree: Any) -> Restored | None:
     """Reads the newest undamaged checkpoint; None if there is none.
 
     Newer ones that are damaged are named in a warning and deleted: the run

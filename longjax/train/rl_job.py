@@ -12,6 +12,7 @@ tokens, B rows, T positions.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from longjax.rl import loss as loss_lib
 from longjax.rollout import engine
 from longjax.train import metrics as metrics_lib
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import progress, rl_stage, run_state
+from longjax.train import partial, progress, rl_stage, run_state
 from longjax.train import step as step_lib
 
 
@@ -36,10 +37,14 @@ class Graded:
   """Rollouts and their grades, on the host."""
 
   prompts: Sequence[types.Prompt]
-  rollouts: types.Rollouts  # NumPy, [P, G, R]
+  # NumPy, [P, G, R]; groups carried over to the next step are empty.
+  rollouts: types.Rollouts
   texts: list[str]  # N
-  scores: list[types.Score]  # N
+  scores: list[types.Score | None]  # N, None of what is carried over.
   rewards: np.ndarray  # f32[N], what is trained on.
+  metrics: Mapping[str, float] = dataclasses.field(
+      default_factory=dict)  # Of the sampler.
+  carried: partial.Carried | None = None  # What is left to the next step.
 
 
 Score = Callable[..., types.Score]
@@ -120,9 +125,7 @@ class RlJob:
         task_of, batch_size=stage.num_prompts, seed=context.seed)
     self.engine = engine.Engine(
         model=context.model, sampler=stage.sampler,
-        engine=engine.EngineConfig(
-            prompt_buckets=(stage.max_prompt_len,),
-            prompts_per_batch=stage.prompts_per_batch or stage.num_prompts),
+        engine=stage.engine,
         stop_ids=context.tokenizer.stop_ids, rules=context.rules,
         compute=context.compute, record_experts=stage.replay_experts)
 
@@ -134,21 +137,20 @@ class RlJob:
         optimizer_lib.make(
             stage.optimizer, num_steps=(
                 stage.steps * stage.num_minibatches * stage.num_epochs)),
-        config=context.model, rules=context.rules,
-        rows_at_once=stage.rows_at_once)
+        config=context.model, rules=context.rules)
     self._score_rows = step_lib.make_score(
         config=context.model, temperature=stage.sampler.temperature,
-        rules=context.rules, compute=context.compute,
-        rows_at_once=stage.rows_at_once)
+        rules=context.rules, compute=context.compute)
 
   def step(
       self, state: run_state.RunState, stage_step: int, global_step: int
   ) -> run_state.StepResult:
     """One batch: rollouts, grades, the AEPO decision, the update(s)."""
-    stage, context = self._stage, self._context
-    graded = self.rollout(state.train.params, stage_step)
+    stage = self._stage
+    graded = self.rollout(state.train.params, stage_step, state.carried)
+    packed = self._minibatches(graded)
     entropy, entropy_t1, old_logprobs = self._measure(
-        state.train.params, graded)
+        state.train.params, graded, packed)
     plan = self.plan(state.aepo, graded, entropy, entropy_t1)
     extras = {
         'advantages': plan.advantages,
@@ -158,16 +160,14 @@ class RlJob:
     if stage.loss.objective == 'off_policy':
       extras['old_logprobs'] = old_logprobs
 
-    train, num_tokens, num_places = state.train, 0, 0
+    train = state.train
     values: dict[str, Any] = {}
     in_a_row = []
-    for i, packed in enumerate(self._minibatches(graded)):
-      train, values = self._update(
-          train, step_lib.put_rows(packed, context.rules), extras,
-          plan.is_applied[i % stage.num_minibatches])
-      in_a_row.append(values['skipped_in_a_row'])
-      num_tokens += int((packed.meta.group >= 0).sum())
-      num_places += packed.tokens.size
+    for _ in range(stage.num_epochs):
+      for part, is_applied in zip(packed, plan.is_applied, strict=True):
+        train, values = self._update(
+            train, part.micro_batches, extras, is_applied)
+        in_a_row.append(values['skipped_in_a_row'])
     if stage_step % stage.rollouts_every == 0 or stage_step == stage.steps - 1:
       self._write_rollouts(graded, plan, global_step, stage_step)
     entropy_control.check_baseline(plan.aepo, stage.aepo)
@@ -175,36 +175,103 @@ class RlJob:
     # before it must not go unseen.
     values['skipped_in_a_row'] = functools.reduce(jnp.maximum, in_a_row)
     return run_state.StepResult(
-        state=run_state.RunState(train=train, aepo=plan.aepo),
+        state=run_state.RunState(
+            train=train, aepo=plan.aepo, carried=graded.carried),
         values=(plan.metrics | values | self._task_metrics(graded, entropy)
-                | {'aepo/skipped_steps': jnp.sum(~plan.is_applied),
-                   'padding': 1.0 - num_tokens / num_places}),
-        num_tokens=num_tokens)
+                | dict(graded.metrics)
+                | {'aepo/skipped_steps': jnp.sum(~plan.is_applied)}
+                | batch.padding(packed)),
+        num_tokens=stage.num_epochs * sum(p.num_needed for p in packed))
 
-  def rollout(self, params: types.Params, stage_step: int) -> Graded:
-    """Samples and grades the responses of a step."""
+  def rollout(
+      self,
+      params: types.Params,
+      stage_step: int,
+      carried: partial.Carried | None = None,
+  ) -> Graded:
+    """Samples and grades the responses of a step.
+
+    Args:
+      params: the policy.
+      stage_step: the number of the step.
+      carried: what the step before left; None if none ever does.
+    """
     stage, context = self._stage, self._context
+    drawn = self._draw(stage_step, carried)
     chosen = [
         prompts.to_prompt(
             self._examples[int(i)], context.tokenizer,
-            max_len=stage.max_prompt_len)
-        for i in self._balance.batch(stage_step)]
-    key = jax.random.fold_in(context.key(self._name), stage_step)
-    rollouts = self.engine.sample(
-        params, chosen, key, num_samples=stage.num_samples)
-    texts, scores = [], []
+            max_len=stage.max_prompt_len) for i in drawn.example]
+    born = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        context.key(self._name), drawn.born)
+    session = self.engine.session(params)
+    rollouts = session.sample(
+        chosen, engine.prompt_keys(born, chosen),
+        num_samples=stage.num_samples, begun=drawn.begun,
+        should_cut=self._cut(drawn))
+    metrics = session.stats.metrics()
+    if carried is not None:
+      rollouts, carried = partial.split(drawn, rollouts)
+      metrics |= partial.metrics(drawn, rollouts)
+    return self._grade(chosen, rollouts, stage_step, metrics, carried)
+
+  def _draw(
+      self, stage_step: int, carried: partial.Carried | None
+  ) -> partial.Drawn:
+    """The prompts of a step."""
+    if carried is None:
+      example = self._balance.batch(stage_step)
+      return partial.Drawn(
+          example=example, born=np.full(example.size, stage_step))
+
+    def stream(place: int) -> int:
+      step, index = divmod(place, self._stage.num_prompts)
+      return int(self._balance.batch(step)[index])
+
+    return partial.draw(carried, stage_step, stream)
+
+  def _cut(self, drawn: partial.Drawn) -> Callable[[types.Rollouts], bool]:
+    """Whether enough is written; see `RlStage.cut_tokens`."""
+    stage, start = self._stage, time.monotonic()
+
+    def is_late() -> bool:
+      return time.monotonic() - start >= stage.cut_seconds
+
+    def should_cut(rollouts: types.Rollouts) -> bool:
+      if not stage.is_cut or not partial.is_complete(rollouts).any():
+        return False
+      num_new = int(rollouts.lengths.sum()) - drawn.num_begun
+      if 0 < stage.cut_tokens <= num_new:
+        return True
+      return stage.cut_seconds > 0 and multihost.on_primary(is_late)
+
+    return should_cut
+
+  def _grade(
+      self,
+      chosen: Sequence[types.Prompt],
+      rollouts: types.Rollouts,
+      stage_step: int,
+      metrics: Mapping[str, float],
+      carried: partial.Carried | None,
+  ) -> Graded:
+    """Grades what was written."""
+    texts: list[str] = []
+    scores: list[types.Score | None] = []
     for p, g in np.ndindex(*rollouts.lengths.shape):
-      text = engine.response_text(context.tokenizer, rollouts, p, g)
+      text = engine.response_text(self._context.tokenizer, rollouts, p, g)
       texts.append(text)
       scores.append(self._score_response(
           chosen[p].example, text,
-          is_finished=bool(rollouts.is_finished[p, g])))
-    rewards = np.asarray([s.reward for s in scores], np.float32)
-    if stage.shuffle_rewards:
-      rng = np.random.default_rng((context.seed, stage_step))
+          is_finished=bool(rollouts.is_finished[p, g]),
+      ) if rollouts.lengths[p, g] else None)
+    rewards = np.asarray([s.reward if s else 0.0 for s in scores], np.float32)
+    if self._stage.shuffle_rewards:
+      rng = np.random.default_rng((self._context.seed, stage_step))
       rewards = rng.permutation(rewards)
     return Graded(prompts=chosen, rollouts=rollouts, texts=texts,
-                  scores=scores, rewards=rewards)
+                  scores=scores, rewards=rewards, metrics=metrics,
+                  carried=carried)
 
   def plan(
       self,
@@ -231,40 +298,45 @@ class RlJob:
         clip_config=stage.clip, loss_norm=stage.loss.loss_norm)
 
   def _measure(
-      self, params: types.Params, graded: Graded
+      self, params: types.Params, graded: Graded,
+      packed: Sequence[batch.Packed],
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Entropies (at the temperature, at 1) and log-probabilities, [N, R]."""
     rollouts = graded.rollouts
-    if self._stage.entropy_source == 'sampler':
+    # What an older policy began was not drawn from this one.
+    is_current = not graded.metrics.get('partial/old_tokens')
+    if self._stage.entropy_source == 'sampler' and is_current:
       return (_by_response(rollouts.entropy),
               _by_response(rollouts.entropy_t1),
               _by_response(rollouts.logprobs))
-    packed = self._pack(graded, 0, len(graded.prompts))
-    scores = multihost.to_host(self._score_rows(
-        params, step_lib.put_rows(packed, self._context.rules)))
+    micro_batches = [made for part in packed for made in part.micro_batches]
+    scores = multihost.to_host([
+        self._score_rows(params, step_lib.put_rows(made, self._context.rules))
+        for made in micro_batches])
     num_responses, max_len = rollouts.lengths.size, rollouts.tokens.shape[2]
 
-    def by_response(values):
+    def by_response(name):
       return batch.unpack(
-          values, packed, num_responses=num_responses,
-          max_response_len=max_len)
+          [getattr(s, name) for s in scores], micro_batches,
+          num_responses=num_responses, max_response_len=max_len)
 
-    return (by_response(scores.entropy), by_response(scores.entropy_t1),
-            by_response(scores.logprobs))
+    return (by_response('entropy'), by_response('entropy_t1'),
+            by_response('logprobs'))
 
-  def _minibatches(self, graded: Graded):
-    """Rows of each update of the batch, in order."""
-    size = len(graded.prompts) // self._stage.num_minibatches
-    for _ in range(self._stage.num_epochs):
-      for start in range(0, len(graded.prompts), size):
-        yield self._pack(graded, start, start + size)
-
-  def _pack(self, graded: Graded, start: int, end: int) -> rows.Rows:
-    part = jax.tree.map(lambda x: x[start:end], graded.rollouts)
-    return batch.pack(
-        graded.prompts[start:end], part, row_len=self._stage.row_len,
-        row_multiple=self._stage.row_multiple,
-        first_trajectory=start * self._stage.num_samples)
+  def _minibatches(self, graded: Graded) -> list[batch.Packed]:
+    """Rows of each optimizer batch, in order."""
+    stage = self._stage
+    size = len(graded.prompts) // stage.num_minibatches
+    return [
+        batch.pack(
+            graded.prompts[start:start + size],
+            jax.tree.map(
+                lambda x, start=start: x[start:start + size],
+                graded.rollouts),
+            row_lens=stage.row_lens,
+            num_rows=rl_stage.rows_at_once(stage, self._context.rules),
+            first_trajectory=start * stage.num_samples)
+        for start in range(0, len(graded.prompts), size)]
 
   def _task_metrics(
       self,
@@ -272,18 +344,22 @@ class RlJob:
       entropy: np.ndarray,  # f32[N, R]
   ) -> dict[str, float]:
     """Mean reward and entropy by task, and how responses ended."""
-    rewards = np.asarray([s.reward for s in graded.scores])
+    lengths = graded.rollouts.lengths
+    is_trained = lengths.reshape(-1) > 0
+    rewards = np.asarray([s.reward for s in graded.scores if s])
     # Values past a response's end are 0.
-    entropies = entropy.sum(axis=1) / graded.rollouts.lengths.reshape(-1)
-    num_samples = graded.rollouts.lengths.shape[1]
-    tasks = np.repeat([p.example.task for p in graded.prompts], num_samples)
+    entropies = (entropy.sum(axis=1)[is_trained]
+                 / lengths.reshape(-1)[is_trained])
+    tasks = np.repeat(
+        [p.example.task for p in graded.prompts], lengths.shape[1])[is_trained]
     present = [t for t in self._tasks if (tasks == t).any()]
     by_task = {f'reward/{t}': rewards[tasks == t].mean() for t in present}
     return by_task | {
         f'entropy_by_task/{t}': entropies[tasks == t].mean() for t in present
     } | {
         'reward/mean': np.mean(list(by_task.values())),
-        'length/truncated': 1.0 - graded.rollouts.is_finished.mean(),
+        'length/truncated': (
+            1.0 - graded.rollouts.is_finished[lengths > 0].mean()),
     }
 
   def _write_rollouts(
@@ -299,14 +375,17 @@ class RlJob:
       return (task - turn) % num_tasks
 
     # A batch of fewer prompts than tasks may lack the one whose turn it is.
-    p = min(range(len(graded.prompts)), key=places_off)
+    trained = np.flatnonzero(graded.rollouts.lengths.any(axis=1))
+    p = min(trained.tolist(), key=places_off)
     num_samples = graded.rollouts.lengths.shape[1]
     advantages, keep = jax.device_get((plan.advantages, plan.keep))
     samples = []
     for g in range(num_samples):
       i, length = p * num_samples + g, graded.rollouts.lengths[p, g]
+      score = graded.scores[i]
+      assert score is not None
       samples.append(metrics_lib.Sample(
-          text=graded.texts[i], score=graded.scores[i],
+          text=graded.texts[i], score=score,
           advantage=float(advantages[i]), length=int(length),
           entropy=float(graded.rollouts.entropy[p, g].sum() / length),
           is_finished=bool(graded.rollouts.is_finished[p, g]),

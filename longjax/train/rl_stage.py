@@ -1,16 +1,18 @@
 """What a stage of reinforcement learning is, and what it cannot be."""
 
 import dataclasses
+import itertools
 from typing import Literal
 
 from longjax import types
+from longjax.parallel import rules as rules_lib
 from longjax.parallel import token_order
 from longjax.rl import advantage as advantage_lib
 from longjax.rl import clipping, entropy_control
 from longjax.rl import loss as loss_lib
-from longjax.rollout import decode
+from longjax.rollout import decode, engine
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import run_state
+from longjax.train import partial, run_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,15 +25,25 @@ class RlStage:
     split: of the data set, where prompts come from.
     num_prompts: P, balanced over tasks.
     num_samples: G.
-    prompts_per_batch: prompts sampled from at once; 0 means all P.
+    prompts_at_once: prompts whose keys and values the sampler holds; 0 means
+      all P.
+    samples_at_once: responses being written at a time; 0 means those of the
+      prompts held. The next one takes the place of one that ends.
+    chunk_len: tokens of a prompt the sampler reads at once.
+    cut_tokens: response tokens after which a step stops sampling, as soon as
+      some group is complete; the rest is carried over, see `partial`. 0 means
+      never.
+    cut_seconds: the same by the clock of process 0. A run that is killed and
+      resumed may then cut elsewhere than one that was not.
     max_prompt_len: cap on prompts in tokens (L_in).
     sampler: temperature, nucleus and the cap on responses (L_out).
-    row_len: T of the update; at least a prompt and its G longest responses.
-    row_multiple: rows are rounded up to a multiple of this.
+    row_lens: the lengths T rows of the update may have, increasing. The
+      longest holds at least a prompt and a response; what it does not hold of
+      a group stands in other rows, with the prompt again (`rl.placement`).
     num_minibatches: updates per batch; more than 1 is off policy.
     num_epochs: passes over the batch; more than 1 is off policy.
-    rows_at_once: rows of a micro-batch, in scoring and in updates; memory then
-      does not grow with the batch. 0 means all.
+    rows_at_once: rows of a micro-batch, in scoring and in updates; 0 means
+      one for each part of the mesh that rows are split over.
     optimizer: see there.
     advantage: see there.
     aepo: see there.
@@ -39,7 +51,7 @@ class RlStage:
     loss: see there.
     entropy_source: 'trainer_forward' scores the rows once before the update,
       which also gives old log-probabilities; 'sampler' trusts what the sampler
-      returned and saves that pass.
+      returned and saves that pass, unless an older policy began a response.
     replay_experts: of a mixture of experts: the trainer sends tokens where
       the sampler did, so that rounding does not make them two policies
       (arXiv:2510.11370). Every process holds P * (S + G * R) * L * A bytes of
@@ -54,11 +66,14 @@ class RlStage:
   split: str = 'rl'
   num_prompts: int = 128
   num_samples: int = 8
-  prompts_per_batch: int = 0
+  prompts_at_once: int = 0
+  samples_at_once: int = 0
+  chunk_len: int = 2048
+  cut_tokens: int = 0
+  cut_seconds: float = 0.0
   max_prompt_len: int
   sampler: decode.SamplerConfig
-  row_len: int
-  row_multiple: int = 1
+  row_lens: tuple[int, ...]
   num_minibatches: int = 1
   num_epochs: int = 1
   rows_at_once: int = 0
@@ -73,12 +88,12 @@ class RlStage:
   rollouts_every: int = 10
 
   def __post_init__(self):
-    for name in ('steps', 'num_prompts', 'max_prompt_len', 'row_len',
-                 'row_multiple', 'num_minibatches', 'num_epochs',
-                 'rollouts_every'):
+    for name in ('steps', 'num_prompts', 'max_prompt_len', 'num_minibatches',
+                 'num_epochs', 'rollouts_every'):
       if getattr(self, name) < 1:
         raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 1.')
-    for name in ('rows_at_once', 'prompts_per_batch'):
+    for name in ('rows_at_once', 'prompts_at_once', 'samples_at_once',
+                 'cut_tokens', 'cut_seconds'):
       if getattr(self, name) < 0:
         raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 0.')
     advantage_lib.check_group_size(self.num_samples)
@@ -86,18 +101,18 @@ class RlStage:
       raise types.UserError(
           f'rl.num_prompts={self.num_prompts} is not a multiple of '
           f'rl.num_minibatches={self.num_minibatches}.')
-    if self.row_multiple % (self.rows_at_once or 1):
+    if not self.row_lens or self.row_lens[0] < 1 or any(
+        a >= b for a, b in itertools.pairwise(self.row_lens)):
       raise types.UserError(
-          f'rl.row_multiple={self.row_multiple} is not a multiple of '
-          f'rl.rows_at_once={self.rows_at_once}.')
-    longest = (self.max_prompt_len
-               + self.num_samples * self.sampler.max_response_len)
-    if self.row_len < longest:
+          f'rl.row_lens={self.row_lens} must be one or more lengths, '
+          'increasing.')
+    longest = self.max_prompt_len - 1 + self.sampler.max_response_len
+    if self.row_lens[-1] < longest:
       raise types.UserError(
-          f'rl.row_len={self.row_len} cannot hold a prompt of '
-          f'max_prompt_len={self.max_prompt_len} and num_samples='
-          f'{self.num_samples} responses of {self.sampler.max_response_len} '
-          f'tokens; use at least {longest}.')
+          f'rl.row_lens={self.row_lens} cannot hold a prompt of '
+          f'max_prompt_len={self.max_prompt_len} and a response of '
+          f'{self.sampler.max_response_len} tokens; the longest must be at '
+          f'least {longest}.')
     if self.sampler.temperature == 0.0:
       raise types.UserError(
           'rl.sampler.temperature=0 samples G equal responses; use e.g. 1.0.')
@@ -107,6 +122,50 @@ class RlStage:
           f'rl.num_minibatches={self.num_minibatches} and rl.num_epochs='
           f'{self.num_epochs} make later updates off policy; set '
           "rl.loss.objective='off_policy'.")
+    if self.is_cut:
+      self._check_cut()
+
+  def _check_cut(self) -> None:
+    """Refuses what partial rollouts do not go with."""
+    if self.loss.tis_cap is None:
+      raise types.UserError(
+          f'rl.cut_tokens={self.cut_tokens}, rl.cut_seconds='
+          f'{self.cut_seconds}: responses carried over were begun by an older '
+          'policy; set rl.loss.tis_cap, e.g. to 2.0.')
+    for name, value, allowed in (
+        ('num_minibatches', self.num_minibatches, 1),
+        ('replay_experts', self.replay_experts, False)):
+      if value != allowed:
+        raise types.UserError(
+            f'rl.{name}={value} does not go with rl.cut_tokens and '
+            f'rl.cut_seconds; use {allowed}.')
+
+  @property
+  def is_cut(self) -> bool:
+    """Whether a step may leave responses to the next."""
+    return self.cut_tokens > 0 or self.cut_seconds > 0
+
+  def carried(self) -> partial.Carried | None:
+    """Before the first step; None if nothing is ever carried over."""
+    if not self.is_cut:
+      return None
+    return partial.nothing(
+        num_prompts=self.num_prompts, num_samples=self.num_samples,
+        max_response_len=self.sampler.max_response_len)
+
+  @property
+  def is_scored(self) -> bool:
+    """Whether rows are scored before updates, if only now and then."""
+    return self.entropy_source == 'trainer_forward' or self.is_cut
+
+  @property
+  def engine(self) -> engine.EngineConfig:
+    """Shapes of the sampler's programs."""
+    return engine.EngineConfig(
+        prompt_buckets=(self.max_prompt_len,),
+        prompts_at_once=self.prompts_at_once or self.num_prompts,
+        samples_per_prompt=self.num_samples,
+        samples_at_once=self.samples_at_once, chunk_len=self.chunk_len)
 
 
 def check(stage: RlStage, context: run_state.Context) -> None:
@@ -115,16 +174,19 @@ def check(stage: RlStage, context: run_state.Context) -> None:
     raise types.UserError(
         'rl.replay_experts=True needs a mixture of experts; the model has '
         'none, so set it to False.')
-  for name in ('row_len', 'max_prompt_len'):
-    token_order.check_len(
-        f'rl.{name}', getattr(stage, name), context.rules.size('seq'))
+  for row_len in stage.row_lens:
+    token_order.check_len('rl.row_lens', row_len, context.rules.size('seq'))
   shards = context.rules.size('batch')
-  sampled = 'prompts_per_batch' if stage.prompts_per_batch else 'num_prompts'
-  # Rows of a micro-batch divide those of any batch.
-  rows_of_part = 'rows_at_once' if stage.rows_at_once else 'row_multiple'
-  for name in (sampled, rows_of_part):
+  sampled = 'prompts_at_once' if stage.prompts_at_once else 'num_prompts'
+  for name, hint in ((sampled, ''), ('rows_at_once', ', or 0 for one each')):
     if getattr(stage, name) % shards:
       raise types.UserError(
           f'rl.{name}={getattr(stage, name)} does not divide over the '
-          f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; '
-          f'use a multiple of {shards}.')
+          f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; use '
+          f'a multiple of {shards}{hint}.')
+  engine.check(stage.engine, context.rules, name='rl')
+
+
+def rows_at_once(stage: RlStage, rules: rules_lib.Rules) -> int:
+  """Rows of a micro-batch."""
+  return stage.rows_at_once or rules.size('batch')

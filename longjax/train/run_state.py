@@ -6,7 +6,8 @@ repeats the steps it lost bit for bit: every random number is a function of
 (seed, stage, step, prompt, sample), and the data iterator's state is saved.
 
 A step that is cut between sampling and update is sampled again from the same
-parameters and keys, so rollouts need no place in the checkpoint.
+parameters and keys, so its rollouts need no place in the checkpoint; those
+that one step leaves to the next (`partial`) have one.
 """
 
 import collections
@@ -31,22 +32,25 @@ from longjax.model import compute as compute_lib
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
 from longjax.rl import entropy_control
-from longjax.train import checkpoint, progress
+from longjax.train import checkpoint, partial, progress
 from longjax.train import metrics as metrics_lib
 from longjax.train import state as state_lib
 
 
 @struct.dataclass
 class RunState:
-  """What changes while a run goes on, on devices.
+  """What changes while a run goes on.
 
   Attributes:
     train: parameters, moments, counters of the current stage.
     aepo: mode and baseline of the entropy controller; fresh at every stage.
+    carried: responses to go on with, on the host; None if the stage never
+      leaves any.
   """
 
   train: state_lib.TrainState
   aepo: entropy_control.AepoState
+  carried: partial.Carried | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,26 +135,32 @@ def fresh(
     params: types.Params,
     optimizer: optax.GradientTransformation,
     context: Context,
+    *,
+    carried: partial.Carried | None = None,
 ) -> RunState:
   """The state at the start of a stage: given parameters, all else reset."""
   return RunState(
       train=state_lib.create(params, context.model, optimizer, context.rules),
-      aepo=multihost.put(entropy_control.init(), context.rules.sharding()))
+      aepo=multihost.put(entropy_control.init(), context.rules.sharding()),
+      carried=carried)
 
 
 def abstract(
     optimizer: optax.GradientTransformation,
     model: architecture.ModelConfig,
     rules: rules_lib.Rules,
+    *,
+    carried: partial.Carried | None = None,
 ) -> RunState:
-  """Shapes and shardings to restore into."""
+  """Shapes and shardings to restore into; of `carried`, an example."""
   replicated = rules.sharding()
   return RunState(
       train=state_lib.abstract(model, optimizer, rules),
       aepo=jax.tree.map(
           lambda x: jax.ShapeDtypeStruct(
               x.shape, x.dtype, sharding=replicated),
-          jax.eval_shape(entropy_control.init)))
+          jax.eval_shape(entropy_control.init)),
+      carried=carried)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

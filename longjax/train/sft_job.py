@@ -192,8 +192,7 @@ def run(
   update = step_lib.make_update(
       stage_loss,
       optimizer_lib.make(stage.optimizer, num_steps=stage.steps),
-      config=context.model, rules=context.rules,
-      rows_at_once=stage.rows_at_once)
+      config=context.model, rules=context.rules)
   # Makes the next batch while this one is computed; its state is that of the
   # batches handed out.
   iterator = iter(grain.experimental.ThreadPrefetchIterDataset(
@@ -207,7 +206,8 @@ def run(
     num_tokens = int((batch.meta.group >= 0).sum())
     extras = {'num_tokens': jnp.float32(max(batch.loss_mask.sum(), 1))}
     train, values = update(
-        state.train, step_lib.put_rows(batch, context.rules), extras, True)
+        state.train,
+        rows.split(batch, stage.rows_at_once or stage.num_rows), extras, True)
     padding = 1.0 - num_tokens / batch.tokens.size
     return run_state.StepResult(
         state=state.replace(train=train), num_tokens=num_tokens,

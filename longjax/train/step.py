@@ -1,14 +1,15 @@
-"""The compiled programs of training: `update` and `score`.
+"""The compiled programs of training: `Update` and `score`.
 
-SFT and RL share one `update`; they differ by the loss they hand it. A loss
+SFT and RL share one `Update`; they differ by the loss they hand it. A loss
 returns a *sum* already divided by the batch's one denominator, so gradients of
-micro-batches simply add.
+micro-batches simply add. They may have different shapes: each shape of rows is
+compiled once, however many micro-batches a step has.
 
-Shapes: B rows, T positions, M micro-batches.
+Shapes: B rows, T positions, both of a micro-batch.
 """
 
-import functools
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
@@ -130,59 +131,116 @@ def put_rows(batch: Any, rules: rules_lib.Rules) -> Any:
   return multihost.put(batch, rules.sharding('batch', 'seq'))
 
 
+@struct.dataclass
+class Total:
+  """What the micro-batches of an optimizer step add up to.
+
+  Attributes:
+    gradients: of the parameters, placed as they are.
+    loss: f32[].
+    metrics: undivided sums.
+  """
+
+  gradients: types.Params
+  loss: jax.Array
+  metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+  """One optimizer step over any number of micro-batches; see `make_update`.
+
+  The programs are dispatched one after another without waiting for results.
+
+  Attributes:
+    start: (params, rows, extras) -> a `Total` of zeros.
+    accumulate: (params, total, rows, extras) -> the total with these rows in
+      it; the old one is donated. Compiled once for each shape of rows.
+    apply: (state, total, is_applied) -> the state after the step, metrics; the
+      old state is donated.
+    rules: logical axes to mesh axes.
+  """
+
+  start: Callable[..., Total]
+  accumulate: Callable[..., Total]
+  apply: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
+  rules: rules_lib.Rules
+
+  def __call__(
+      self,
+      state: state_lib.TrainState,
+      micro_batches: Iterable[rows.Rows],  # [B, T], each its own
+      extras: Any,
+      is_applied: jax.Array | bool,
+  ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
+    """Takes the step.
+
+    Args:
+      state: donated.
+      micro_batches: rows on the host, at least one batch of them.
+      extras: what else the loss reads, the same for all rows.
+      is_applied: False leaves parameters and moments as they were.
+
+    Returns:
+      The state after the step. Metrics are f32[] means, with 'loss' and
+      'grad_norm'.
+    """
+    extras = multihost.put(extras, self.rules.sharding())
+    total = None
+    for batch in micro_batches:
+      batch = put_rows(batch, self.rules)
+      if total is None:
+        total = self.start(state.params, batch, extras)
+      total = self.accumulate(state.params, total, batch, extras)
+    if total is None:
+      raise ValueError('an optimizer step needs at least one micro-batch.')
+    return self.apply(state, total, is_applied)
+
+
 def make_update(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
     config: architecture.ModelConfig,
     rules: rules_lib.Rules,
-    rows_at_once: int = 0,
-) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
-  """Compiles one optimizer step.
+) -> Update:
+  """The programs of an optimizer step.
+
+  A step whose loss or gradient is not finite leaves parameters and moments as
+  they were and is counted; so does one with `is_applied` False, which is not
+  counted as bad.
 
   Args:
     loss: see `Loss`.
     optimizer: what turns gradients into updates.
     config: sizes of the network.
     rules: logical axes to mesh axes.
-    rows_at_once: rows run one after another in parts of so many, so that
-      memory does not grow with their number; 0 means all.
-
-  Returns:
-    `update(state, rows, extras, is_applied)`; the state's buffers are donated.
-    A step whose loss or gradient is not finite leaves parameters and moments
-    as they were and is counted; so does one with `is_applied` False, which is
-    not counted as bad. Metrics are f32[] means, with 'loss' and 'grad_norm'.
   """
   gradient = jax.value_and_grad(loss, has_aux=True)
 
-  def accumulate(params, batch, extras):
-    num_rows = batch.tokens.shape[0]
-    if rows_at_once in (0, num_rows):
-      return gradient(params, batch, extras)
-    parts = _parts(batch, num_rows // rows_at_once)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(
+  def start(params, batch, extras):
+    loss_value, metrics = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(gradient, params, first, extras))
+        jax.eval_shape(loss, params, batch, extras))
+    return Total(
+        gradients=jax.tree.map(jnp.zeros_like, params), loss=loss_value,
+        metrics=metrics)
 
-    def add(total, part):
-      part = _placed(part, rules)
-      (loss_sum, metrics), grads = total
-      (part_loss, part_metrics), part_grads = gradient(params, part, extras)
-      grads = jax.tree.map(jnp.add, grads, part_grads)
-      return ((loss_sum + part_loss, metrics + part_metrics), grads), None
+  def accumulate(params, total, batch, extras):
+    (loss_value, metrics), gradients = gradient(params, batch, extras)
+    return Total(
+        gradients=jax.tree.map(jnp.add, total.gradients, gradients),
+        loss=total.loss + loss_value, metrics=total.metrics + metrics)
 
-    return jax.lax.scan(add, zeros, parts)[0]
-
-  def update(state, batch, extras, is_applied):
-    (loss_value, metrics), grads = accumulate(state.params, batch, extras)
-    grad_norm = optax.tree_utils.tree_norm(grads)
-    is_finite = jnp.isfinite(loss_value) & jnp.isfinite(grad_norm)
+  def apply(state, total, is_applied):
+    grad_norm = optax.tree_utils.tree_norm(total.gradients)
+    is_finite = jnp.isfinite(total.loss) & jnp.isfinite(grad_norm)
     is_taken = is_finite & is_applied
     # NaN times zero is NaN: bad gradients must not reach the moments.
-    grads = jax.tree.map(lambda g: jnp.where(is_taken, g, 0.0), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    gradients = jax.tree.map(
+        lambda g: jnp.where(is_taken, g, 0.0), total.gradients)
+    updates, opt_state = optimizer.update(
+        gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
     def taken(new, old):
@@ -195,14 +253,20 @@ def make_update(
         step=state.step + 1,
         num_skipped=state.num_skipped + is_bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * is_bad)
-    return state, metrics.summary() | {
-        'loss': loss_value, 'grad_norm': grad_norm,
+    return state, total.metrics.summary() | {
+        'loss': total.loss, 'grad_norm': grad_norm,
         'skipped': state.num_skipped,
         'skipped_in_a_row': state.skipped_in_a_row}
 
   where = state_lib.shardings(config, optimizer, rules)
-  return jax.jit(
-      update, donate_argnums=0, out_shardings=(where, rules.sharding()))
+  replicated: Any = rules.sharding()
+  total = Total(gradients=where.params, loss=replicated, metrics=replicated)
+  return Update(
+      start=jax.jit(start, out_shardings=total),
+      accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=total),
+      apply=jax.jit(
+          apply, donate_argnums=0, out_shardings=(where, replicated)),
+      rules=rules)
 
 
 def make_score(
@@ -211,7 +275,6 @@ def make_score(
     temperature: float,
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
-    rows_at_once: int = 0,
 ) -> Callable[[types.Params, rows.Rows], head.HeadOutput]:
   """Compiles `score(params, rows)`: old log-probabilities and entropies.
 
@@ -220,34 +283,14 @@ def make_score(
     temperature: see `token_scores`.
     rules: logical axes to mesh axes.
     compute: backends, dtype.
-    rows_at_once: rows run one after another in parts of so many; 0 means all.
+
+  Returns:
+    A function of one micro-batch; its results are f32[B, T].
   """
 
-  def of_part(params, part):
-    return token_scores(
-        params, _placed(part, rules), config=config, temperature=temperature,
-        rules=rules, compute=compute).head
-
   def score(params, batch):
-    num_rows = batch.tokens.shape[0]
-    if rows_at_once in (0, num_rows):
-      return of_part(params, batch)
-    parts = _parts(batch, num_rows // rows_at_once)
-    scores = jax.lax.map(functools.partial(of_part, params), parts)
-    scores = jax.tree.map(lambda x: x.reshape(num_rows, -1), scores)
-    return _placed(scores, rules)
+    return token_scores(
+        params, batch, config=config, temperature=temperature, rules=rules,
+        compute=compute).head
 
-  return jax.jit(score)
-
-
-def _parts(batch: Any, num_parts: int) -> Any:
-  """[B, ...] -> [M, B / M, ...]."""
-  return jax.tree.map(
-      lambda x: jnp.asarray(x).reshape(num_parts, -1, *x.shape[1:]), batch)
-
-
-def _placed(batch: Any, rules: rules_lib.Rules) -> Any:
-  """Rows [B, T, ...] on the devices they belong to."""
-  return jax.tree.map(
-      lambda x: rules.constrain(
-          jnp.asarray(x), 'batch', 'seq', *(None,) * (x.ndim - 2)), batch)
+  return jax.jit(score, out_shardings=rules.sharding('batch', 'seq'))

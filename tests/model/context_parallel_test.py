@@ -12,7 +12,7 @@ from longjax.model import attention, context_parallel
 from tests import tiny_model
 from tests.model import numpy_attention
 
-STRATEGIES = ('ring', 'all_gather')
+STRATEGIES = ('ring', 'all_gather', 'merge')
 N, K, H, T = 8, 2, 4, 32
 
 

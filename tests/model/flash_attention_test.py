@@ -31,6 +31,9 @@ def one_row(fields):
     # Two blocks of prefix and three branches of two blocks that see the
     # prefix and themselves: 3 + 3 * (2 * 2 + 3).
     (numpy_attention.shared_prefix(16, [16, 16, 16], 64), 24),
+    # The fifth block holds the end of the first sequence, which sees five
+    # blocks, and the beginning of the second, of which no earlier one does.
+    (numpy_attention.packed([36, 28], 64), 15 + 10 - 1),
     (numpy_attention.packed([], 64), 0),
 ])
 def test_only_blocks_that_meet_are_executed(fields, executed):

@@ -23,13 +23,12 @@ from longjax.model import (
     compute,
     head,
     huggingface,
-    incremental,
     parameters,
     transformer,
 )
 from longjax.parallel import rules as rules_lib
 from tests import tiny_model
-from tests.model import checkpoints, transformers_reference
+from tests.model import checkpoints, chunk_by_chunk, transformers_reference
 
 GOLDEN = pathlib.Path(__file__).parent.parent / 'testdata' / 'parity'
 PROMPT_LEN, LENGTH = 18, 24
@@ -128,27 +127,14 @@ def test_logits_logprobs_and_entropies_are_those_of_transformers(
 def test_prefill_and_decoding_are_those_of_transformers_with_its_cache(
     models, golden, family):
   params, config = models(family)
-  rules = tiny_model.rules()
-  # The last token of the prompt is read by decoding.
-  meta = causal(2, PROMPT_LEN - 1)
-  prefix, _ = jax.jit(functools.partial(
-      transformer.prefill, config=config, rules=rules,
-      compute=compute.Compute()))(
-          params, jnp.int32(TOKENS[:, 0, :PROMPT_LEN - 1]), meta)
-  num_read = LENGTH - PROMPT_LEN + 1
-  empty = jnp.zeros((config.num_layers, 2, 2, num_read,
-                     config.num_kv_heads, config.head_dim))
-  suffix = transformer.KeyValues(key=empty, value=empty)
-  read = jax.jit(functools.partial(
-      incremental.decode_step, config=config,
-      rules=rules_lib.Rules(rules.mesh, rules_lib.DECODE)))
-  hidden = []
-  for slot in range(num_read):
-    states, suffix, _ = read(
-        params, jnp.int32(TOKENS[:, :, PROMPT_LEN - 1 + slot]), prefix, meta,
-        suffix, jnp.int32(slot), jnp.full(2, PROMPT_LEN - 1))
-    hidden.append(states.reshape(4, -1))
-  got = head.logits(jnp.stack(hidden, 1), parameters.head_weights(params))
+  # The last token of the prompt is read by decoding, the others in chunks.
+  hidden = chunk_by_chunk.hidden_states(
+      params, list(TOKENS[:, 0, :PROMPT_LEN - 1]),
+      TOKENS[:, :, PROMPT_LEN - 1:], config=config, chunk_len=6,
+      rules=rules_lib.for_sampler(tiny_model.rules(), 2).decode)
+  got = head.logits(
+      jnp.asarray(hidden).reshape(4, LENGTH - PROMPT_LEN + 1, -1),
+      parameters.head_weights(params))
   assert largest(got - golden[family]['cached_logits']) <= 2e-5
 
 

@@ -31,25 +31,27 @@ EXPERTS = architecture.ModelConfig(
     (5, (3, 1, 4)), (0, (7,)), (9, ()), (1, (1,)), (30, (16,) * 8)])
 def test_pairs_of_a_group_are_those_that_see_each_other(num_prefix, branches):
   size = num_prefix + sum(branches)
-  meta = flops.group_meta(num_prefix, branches, row_len=3 * size - 1)
+  meta = flops.row_meta([(num_prefix, branches)] * 2, row_len=2 * size + 3)
   seen = np.asarray(rows.visible(meta, meta)).sum()
   assert seen == 2 * flops.visible_pairs(num_prefix, branches)
 
 
-def test_a_group_is_laid_out_as_rows_are_packed():
-  group = rows.Group(prompt=[1] * 6, branches=[
-      rows.Branch(response=[2] * n, trajectory=i)
-      for i, n in enumerate((4, 2))])
-  packed = rows.pack([group, group], row_len=24)
+def test_groups_are_laid_out_as_rows_are_written():
+  def group(prompt_len, lens):
+    return rows.Group(prompt=[1] * prompt_len, branches=[
+        rows.Branch(response=[2] * n, trajectory=i)
+        for i, n in enumerate(lens)])
+
+  packed = rows.write([[group(6, (4, 2)), group(3, (1,))]], row_len=24)
   # The last prompt token stands at the head of each branch.
-  made = flops.group_meta(5, (4, 2), row_len=24)
+  made = flops.row_meta([(5, (4, 2)), (2, (1,))], row_len=24)
   jax.tree.map(np.testing.assert_array_equal, made, packed.meta)
 
 
 @pytest.mark.parametrize('num_shards', [1, 4])
 def test_executed_pairs_are_whole_blocks_of_those_that_meet(num_shards):
   num_prefix, branches, block_len = 200, (60, 60), 16
-  meta = flops.group_meta(num_prefix, branches, row_len=384)
+  meta = flops.row_meta([(num_prefix, branches)], row_len=384)
   seen = np.asarray(rows.visible(meta, meta))[0]
   blocks = seen.reshape(24, block_len, 24, block_len).any(axis=(1, 3))
   pairs, imbalance = flops.executed_pairs(

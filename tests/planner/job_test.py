@@ -22,8 +22,8 @@ MODEL = architecture.ModelConfig(
     num_kv_heads=2, head_dim=128,
     moe=architecture.MoeConfig(num_experts=8, num_active=2))
 STAGE = tiny_model.rl_stage(
-    num_prompts=8, num_samples=2, max_prompt_len=2048, row_len=4096,
-    row_multiple=2, rows_at_once=2,
+    num_prompts=8, num_samples=2, max_prompt_len=2048, row_lens=(2048, 4096),
+    rows_at_once=2,
     sampler=decode.SamplerConfig(
         temperature=0.7, top_p=0.95, max_response_len=512))
 SFT = sft_job.SftStage(
@@ -55,18 +55,20 @@ def test_a_reduced_model_is_planned_for_four_chips(tmp_path, capsys):
   stage, = content['stages']
   assert stage['fits'] and list(stage['programs']) == [
       'prefill', 'decode', 'score', 'update']
-  for name, program in stage['programs'].items():
+  for program in stage['programs'].values():
     facts, work = program['facts'], program['work']
     assert 0 < facts['peak'] < 15.75 * 1024**3 and not facts['error']
     parts = facts['arguments'] + facts['outputs'] + facts['temporaries']
     assert 0.8 < parts / facts['peak'] < 2.0
-    assert (facts['beside'] == 0) == (name == 'update')
+    assert facts['beside'] > 0  # Moments, at least.
     assert work['executed_flops']['layers'] >= work['needed_flops']['layers']
     assert 0 < program['roofline']['mfu'] < 1
-  # The state as the update gets it: 12 bytes a parameter in four pieces, and
-  # rows beside.
-  state = 12 * flops.num_parameters(MODEL) / 4
-  assert state <= stage['programs']['update']['facts']['arguments'] < 2 * state
+  # Parameters and gradients, 8 bytes a parameter in four pieces, and rows;
+  # moments, as many bytes, wait beside.
+  pieces = 8 * flops.num_parameters(MODEL) / 4
+  facts = stage['programs']['update']['facts']
+  assert pieces <= facts['arguments'] < 2 * pieces
+  assert pieces <= facts['beside'] < 1.1 * pieces
   table = summary_lib.table([content])
   assert '| configs/some.py | stage1 | v5e:2x2' in table
 

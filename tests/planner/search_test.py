@@ -21,8 +21,8 @@ from tests import tiny_model
 
 GIB = 1024**3
 STAGE = tiny_model.rl_stage(
-    num_prompts=32, num_samples=4, max_prompt_len=4096, row_len=8192,
-    row_multiple=8, rows_at_once=8,
+    num_prompts=32, num_samples=4, max_prompt_len=4096,
+    row_lens=(2048, 8192), rows_at_once=8,
     sampler=decode.SamplerConfig(max_response_len=1024))
 SFT = sft_job.SftStage(
     steps=1, num_rows=16, rows_at_once=8, row_len=8192,
@@ -90,9 +90,10 @@ def test_the_longest_context_fills_memory(
   assert abs(found.stretch / want - 1) < 0.05
   stage = found.stage
   assert stage.max_prompt_len % asked.mesh.seq == 0
-  assert stage.row_len % asked.mesh.seq == 0  # And it holds a group:
-  assert stage.row_len >= (
-      stage.max_prompt_len + 4 * stage.sampler.max_response_len)
+  assert all(n % asked.mesh.seq == 0 for n in stage.row_lens)
+  short, long = stage.row_lens
+  assert abs(long / short / 4 - 1) < 0.1
+  assert long >= stage.max_prompt_len + stage.sampler.max_response_len
 
 
 def test_supervised_rows_are_stretched_too(monkeypatch):
@@ -116,8 +117,8 @@ def test_the_smallest_slice_is_the_first_that_holds_every_program(monkeypatch):
       data=1, fsdp=2, seq=2, tensor=1, expert=2)
   assert set(found.facts) == set(NAMES)
   # A device has as much to do at once as before.
-  assert found.question.stage.row_multiple == 4
-  assert found.question.stage.prompts_per_batch == 16
+  assert found.question.stage.rows_at_once == 4
+  assert found.question.stage.prompts_at_once == 16
 
 
 def test_what_fits_nowhere_has_no_smallest_slice(monkeypatch):

@@ -11,8 +11,8 @@ from longjax.train import optimizer, sft_job
 from tests import tiny_model
 
 STAGE = tiny_model.rl_stage(
-    num_prompts=10, num_samples=3, max_prompt_len=17, row_len=48,
-    row_multiple=4, rows_at_once=4,
+    num_prompts=10, num_samples=3, max_prompt_len=17, row_lens=(48,),
+    rows_at_once=4,
     sampler=decode.SamplerConfig(max_response_len=8))
 SFT = sft_job.SftStage(
     steps=1, num_rows=8, rows_at_once=4, row_len=64,
@@ -20,15 +20,27 @@ SFT = sft_job.SftStage(
 BLOCKS = compute.Compute(attention='blockwise', block_len=8)
 
 
-def test_rows_hold_whole_groups_in_multiples():
+def shapes(made):
+  return [(len(part.rows), part.row_len) for part in made.micro_batches]
+
+
+def test_rows_hold_whole_groups_or_repeat_their_prefix():
   # A group takes 16 + 3 * 8 = 40 of 48 tokens.
-  made = layout.layout(STAGE)
-  assert (made.num_groups, made.num_rows, made.rows_at_once) == (10, 12, 4)
+  made = layout.layout(STAGE, tiny_model.rules())
+  assert (made.num_groups, made.group) == (10, (16, (8, 8, 8)))
+  assert shapes(made) == [(4, 48)] * 3
+  assert [row for part in made.micro_batches for row in part.rows] == [
+      *((made.group,),) * 10, (), ()]
   made = layout.layout(dataclasses.replace(
-      STAGE, row_len=96, rows_at_once=0))
-  assert (made.num_rows, made.rows_at_once) == (8, 8)
-  made = layout.layout(SFT)
-  assert (made.num_rows, made.rows_at_once, made.branches) == (8, 4, ())
+      STAGE, row_lens=(24, 32), rows_at_once=0),
+      tiny_model.rules(fsdp=4, tensor=2))
+  # 32 tokens hold 16 + 8 + 8, the third response stands in a row of 24.
+  assert shapes(made) == [(4, 32)] * 3 + [(4, 24)] * 2
+  rows = [row for part in made.micro_batches for row in part.rows if row]
+  assert rows == [((16, (8, 8)),)] * 10 + [((16, (8,)),)] * 10
+  made = layout.layout(SFT, tiny_model.rules())
+  assert shapes(made) == [(4, 64), (4, 64)]
+  assert made.micro_batches[0].rows == (((64, ()),),) * 4
 
 
 def test_an_update_needs_each_group_once_and_executes_padding_too():
@@ -38,16 +50,37 @@ def test_an_update_needs_each_group_once_and_executes_padding_too():
       tiny_model.MODEL, num_tokens=400, num_scored=240,
       num_pairs=10 * flops.visible_pairs(16, (8, 8, 8))))
   assert work.needed == needed
-  # Twelve rows of 48 tokens in place of ten of 40.
+  # Twelve rows of 48 tokens in place of ten of 40; attention skips what is
+  # empty.
   np.testing.assert_allclose(
       work.executed.layers / work.needed.layers, 12 * 48 / 400)
   # Recomputed scores: 1 + 5 / 2 in place of 3; recomputed logits: 4.
   blocks = 2 * 3 // 2 + 3 * (2 + 1)
   np.testing.assert_allclose(
       work.executed.attention,
-      3.5 / 3 * needed.attention * 12 * blocks * 64
+      3.5 / 3 * needed.attention * 10 * blocks * 64
       / (10 * flops.visible_pairs(16, (8, 8, 8))))
   assert not work.transfers and work.imbalance == 1.0
+
+
+def test_the_device_with_the_longest_row_sets_the_pace():
+  # Six groups on four devices: in the second micro-batch two wait.
+  stage = dataclasses.replace(STAGE, num_prompts=6)
+  work = workload.update(
+      stage, tiny_model.MODEL, tiny_model.rules(fsdp=4, tensor=2), BLOCKS)
+  np.testing.assert_allclose(work.imbalance, 8 / 6)
+
+
+def test_a_group_over_several_rows_costs_its_prefix_again():
+  rules = tiny_model.rules()
+  whole, split = (
+      workload.update(
+          dataclasses.replace(STAGE, row_lens=row_lens, rows_at_once=1),
+          tiny_model.MODEL, rules, BLOCKS)
+      for row_lens in ((40,), (24, 32)))
+  assert split.needed == whole.needed
+  np.testing.assert_allclose(
+      split.executed.layers / whole.executed.layers, (32 + 24) / 40)
 
 
 def test_scoring_is_a_third_of_an_update_and_runs_once():

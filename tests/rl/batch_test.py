@@ -201,18 +201,22 @@ def test_a_longer_cap_on_responses_changes_nothing():
 def test_unpack_undoes_pack():
   prompts = tiny_model.prompts([3, 12, 1, 7, 2])
   rollouts = tiny_model.rollouts(5, 3, 8)
-  packed = batch.pack(prompts, rollouts, row_len=40, row_multiple=4)
-  assert packed.tokens.shape[0] % 4 == 0
+  # Rows of two lengths; the last prompts have fewer responses, or none.
+  rollouts.lengths[3, 1:] = rollouts.lengths[4] = 0
+  packed = batch.pack(
+      prompts, rollouts, row_lens=(16, 24), num_rows=2).micro_batches
+  assert {part.tokens.shape for part in packed} == {(2, 16), (2, 24)}
   shape = dict(num_responses=15, max_response_len=8)
-  np.testing.assert_array_equal(
-      batch.unpack(packed.targets, packed, **shape),
-      rollouts.tokens.reshape(15, 8))
   mask = np.arange(8) < rollouts.lengths.reshape(15, 1)
   np.testing.assert_array_equal(
-      batch.unpack(packed.loss_mask, packed, **shape), mask)
+      batch.unpack([part.targets for part in packed], packed, **shape),
+      rollouts.tokens.reshape(15, 8) * mask)
+  np.testing.assert_array_equal(
+      batch.unpack([part.loss_mask for part in packed], packed, **shape), mask)
   # And back: values by response reach the tokens they belong to.
   by_response = np.where(mask, np.arange(120.0).reshape(15, 8), 0.0)
-  on_rows = by_response[packed.trajectory, packed.response_index]
+  on_rows = [
+      by_response[part.trajectory, part.response_index] for part in packed]
   np.testing.assert_array_equal(
       batch.unpack(on_rows, packed, **shape), by_response)
 
@@ -220,16 +224,47 @@ def test_unpack_undoes_pack():
 def test_the_prompts_of_a_batch_are_stored_once():
   prompts = tiny_model.prompts([9, 5])
   rollouts = tiny_model.rollouts(2, 3, 4)
-  packed = batch.pack(prompts, rollouts, row_len=64, row_multiple=1)
+  packed = tiny_model.packed(prompts, rollouts, row_len=64, num_rows=1)
   # All but the last token of a prompt, and what each response reads.
   assert (packed.meta.group >= 0).sum() == 8 + 4 + rollouts.lengths.sum()
   assert packed.loss_mask.sum() == rollouts.lengths.sum()
 
 
+def test_a_group_longer_than_a_row_repeats_its_prompt_which_is_waste():
+  prompts, rollouts = tiny_model.prompts([9, 5]), tiny_model.rollouts(2, 3, 4)
+  rollouts = rollouts.replace(lengths=np.int32([[4, 4, 4], [2, 0, 3]]))
+  made = batch.pack(prompts, rollouts, row_lens=(8, 16), num_rows=1)
+  # 8 + 4 + 4 in a row, 8 + 4 in another, which has no room for 4 + 2 + 3.
+  assert [part.tokens.shape for part in made.micro_batches] == [
+      (1, 16), (1, 16), (1, 16)]
+  used = sum((part.meta.group >= 0).sum() for part in made.micro_batches)
+  assert (used, made.num_needed, made.num_repeated) == (37, 29, 8)
+  metrics = batch.padding([made])
+  np.testing.assert_allclose(metrics['padding'], 1 - 29 / 48)
+  np.testing.assert_allclose(metrics['padding/repeated_prefix'], 8 / 48)
+  # Of two optimizer batches, places are counted, not shares averaged.
+  small = batch.pack(prompts[1:], rollouts.replace(
+      tokens=rollouts.tokens[1:], lengths=rollouts.lengths[1:]),
+      row_lens=(9,), num_rows=1)
+  np.testing.assert_allclose(
+      batch.padding([made, small])['padding'], 1 - (29 + 9) / (48 + 9))
+
+
+def test_a_batch_without_a_response_is_a_micro_batch_of_padding():
+  prompts, rollouts = tiny_model.prompts([9, 5]), tiny_model.rollouts(2, 3, 4)
+  made = batch.pack(
+      prompts, rollouts.replace(lengths=np.zeros((2, 3), np.int32)),
+      row_lens=(16, 24), num_rows=4)
+  [part] = made.micro_batches
+  assert part.tokens.shape == (4, 16)
+  assert (part.meta.group == -1).all() and not part.loss_mask.any()
+  assert made.num_needed == made.num_repeated == 0
+
+
 def test_parts_of_a_batch_count_responses_on():
   prompts, rollouts = tiny_model.prompts([3, 4]), tiny_model.rollouts(2, 3, 4)
-  packed = batch.pack(
-      prompts, rollouts, row_len=64, row_multiple=1, first_trajectory=30)
+  packed = tiny_model.packed(
+      prompts, rollouts, row_len=64, num_rows=1, first_trajectory=30)
   assert set(packed.trajectory[packed.loss_mask]) == set(range(30, 36))
 
 

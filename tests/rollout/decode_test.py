@@ -36,30 +36,26 @@ MESHES = {'one': {}, 'data=8': dict(data=8),
 
 
 @functools.cache
-def program(sampler='plain', mesh='one'):
-  """The compiled sampler."""
-  return jax.jit(
-      functools.partial(
-          decode.generate, sampler=SAMPLERS[sampler], config=tiny_model.MODEL,
-          rules=tiny_model.rules(**MESHES[mesh]), compute=COMPUTE,
-          stop_ids=STOP_IDS),
-      static_argnames=('num_samples',))
+def make(sampler='plain', mesh='one', prompts_at_once=8, bucket=PROMPT_LEN,
+         **engine_config):
+  """An engine; one for all tests that ask for the same."""
+  return engine.Engine(
+      model=tiny_model.MODEL, sampler=SAMPLERS[sampler], stop_ids=STOP_IDS,
+      engine=engine.EngineConfig(
+          prompt_buckets=(bucket,), prompts_at_once=prompts_at_once,
+          **{'samples_per_prompt': NUM_SAMPLES} | engine_config),
+      rules=tiny_model.rules(**MESHES[mesh]), compute=COMPUTE)
 
 
-def generate(prompts, *, sampler='plain', mesh='one', num_prompts=8,
-             num_samples=NUM_SAMPLES, prompt_len=PROMPT_LEN, seed=0):
-  """Rollouts of some prompts, on the host."""
-  padded = engine.pad(
-      prompts, num_prompts=num_prompts, prompt_len=prompt_len)
+def generate(prompts, *, mesh='one', num_samples=NUM_SAMPLES, seed=0, **how):
+  """Rollouts of some prompts."""
   params = tiny_model.params()
   if mesh != 'one':
-    rules = tiny_model.rules(**MESHES[mesh])
-    padded = jax.device_put(padded, rules.sharding('batch'))
-    params = jax.device_put(params, rules.tree_shardings(
-        parameters.axes(tiny_model.MODEL), params))
-  made = program(sampler, mesh)(
-      params, padded, jax.random.key(seed), num_samples=num_samples)
-  return jax.device_get(made)
+    params = jax.device_put(
+        params, tiny_model.rules(**MESHES[mesh]).tree_shardings(
+            parameters.axes(tiny_model.MODEL), params))
+  return make(mesh=mesh, **how).sample(
+      params, prompts, jax.random.key(seed), num_samples=num_samples)
 
 
 @functools.cache
@@ -84,14 +80,14 @@ def assert_same(got, want):
 def test_scores_are_those_of_the_trainer(sampler):
   rollouts = sampled(sampler)
   assert len(set(rollouts.lengths.flat)) > 4  # Ragged responses too.
-  packed = batch.pack(PROMPTS, rollouts, row_len=48, row_multiple=8)
+  packed = tiny_model.packed(PROMPTS, rollouts, row_len=48, num_rows=8)
   score = step.make_score(
       config=tiny_model.MODEL, rules=tiny_model.rules(),
       compute=compute.Compute(), temperature=SAMPLERS[sampler].temperature)
   scores = jax.device_get(score(tiny_model.params(), packed))
   for name in ('logprobs', 'entropy', 'entropy_t1'):
     trained = batch.unpack(
-        getattr(scores, name), packed, max_response_len=MAX_LEN,
+        [getattr(scores, name)], [packed], max_response_len=MAX_LEN,
         num_responses=len(PROMPTS) * NUM_SAMPLES)
     np.testing.assert_allclose(
         getattr(rollouts, name).reshape(-1, MAX_LEN), trained, rtol=0,
@@ -147,13 +143,6 @@ def test_a_response_ends_with_the_first_stop_token_or_at_the_cap(sampler):
     assert (rollouts.logprobs[i][:length] < 0).all()
 
 
-def test_padding_prompts_have_no_response():
-  rollouts = generate(PROMPTS[:5])
-  assert (rollouts.lengths[:5] > 0).all()
-  for field in jax.tree.leaves(take(rollouts, [5, 6, 7])):
-    assert not field.any()
-
-
 def test_a_sample_does_not_depend_on_its_batch():
   want = sampled()
   # Alone, in another order, and beside other prompts.
@@ -169,8 +158,19 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_a_sample_does_not_depend_on_padding_or_on_the_shape_of_its_batch():
   want = take(sampled(), [1, 3])
   got = generate(
-      [PROMPTS[1], PROMPTS[3]], num_prompts=2, prompt_len=24, num_samples=5)
+      [PROMPTS[1], PROMPTS[3]], prompts_at_once=2, bucket=24, num_samples=5)
   assert_same(jax.tree.map(lambda x: x[:, :NUM_SAMPLES], got), want)
+
+
+@pytest.mark.parametrize('how', [
+    dict(prompts_at_once=2, samples_at_once=4),
+    dict(prompts_at_once=8, samples_at_once=2, chunk_len=4),
+    dict(prompts_at_once=1, samples_per_prompt=1, chunk_len=5),
+    dict(prompts_at_once=3, samples_per_prompt=2, samples_at_once=3,
+         chunk_len=1),
+], ids=str)
+def test_a_sample_does_not_depend_on_whose_place_it_took(how):
+  assert_same(generate(PROMPTS, **how), sampled())
 
 
 def test_prompts_samples_and_seeds_draw_differently():
@@ -189,9 +189,8 @@ def test_noise_differs_between_prompts_samples_and_places():
   # Where every token is equally likely, only the noise decides.
   params = tiny_model.params()
   params['head'] = np.zeros_like(params['head'])
-  padded = engine.pad(PROMPTS, num_prompts=8, prompt_len=PROMPT_LEN)
-  made = jax.device_get(program()(
-      params, padded, jax.random.key(0), num_samples=NUM_SAMPLES))
+  made = make().sample(
+      params, PROMPTS, jax.random.key(0), num_samples=NUM_SAMPLES)
   long = made.tokens[made.lengths > 3].tolist()
   assert len(long) > 12
   assert len({tuple(response[:3]) for response in long}) == len(long)
@@ -203,30 +202,68 @@ def test_noise_differs_between_prompts_samples_and_places():
 
 @pytest.mark.parametrize('mesh', list(MESHES)[1:])
 def test_eight_devices_write_what_one_writes(mesh):
-  assert_same(generate(PROMPTS, mesh=mesh), sampled())
+  assert_same(generate(PROMPTS, mesh=mesh, chunk_len=4), sampled())
+  # There too, samples take each other's places.
+  made = generate(PROMPTS * 3, mesh=mesh, chunk_len=4)
+  assert_same(made, jax.tree.map(
+      lambda x: np.concatenate([x] * 3), sampled()))
 
 
 def test_fewer_prompts_than_devices_are_written_by_all_of_them():
   # Four prompts over eight devices: those along `seq` share each prompt.
-  made = generate(PROMPTS[:4], mesh='fsdp=2,seq=4', num_prompts=4)
+  made = generate(PROMPTS[:4], mesh='fsdp=2,seq=4', prompts_at_once=4)
+  assert_same(made, jax.tree.map(lambda x: x[:4], sampled()))
+  # A length that does not divide over them is filled up.
+  made = generate(
+      PROMPTS[:4], mesh='fsdp=2,seq=4', prompts_at_once=4, bucket=19)
   assert_same(made, jax.tree.map(lambda x: x[:4], sampled()))
 
 
-def test_sample_keys_are_distinct_and_their_own():
-  keys = decode.sample_keys(
-      jax.random.key(0), np.uint32([3, 2**31, 3]), num_samples=4)
-  data = np.asarray(jax.random.key_data(keys)).reshape(3, 4, -1)
-  np.testing.assert_array_equal(data[0], data[2])
-  assert len({tuple(d) for d in data[:2].reshape(8, -1).tolist()}) == 8
+def test_keys_of_prompts_are_distinct_and_their_own():
+  numbered = [
+      types.Prompt(example=PROMPTS[0].example, tokens=(1,), number=n)
+      for n in (3, 2**31, 3)]
+  keys = engine.prompt_keys(jax.random.key(0), numbered)
+  np.testing.assert_array_equal(keys[0], keys[2])
+  assert (keys[0] != keys[1]).any()
+  assert (keys != engine.prompt_keys(jax.random.key(1), numbered)).any()
 
 
-def test_prefix_meta_hides_padding_and_the_last_prompt_token():
-  meta = decode.prefix_meta(engine.pad(
-      tiny_model.prompts([3, 1]), num_prompts=3, prompt_len=5))
-  np.testing.assert_array_equal(meta.group, [
-      [0, 0, -1, -1, -1], [-1] * 5, [-1] * 5])
-  np.testing.assert_array_equal(meta.position, [[0, 1, 2, 3, 4]] * 3)
-  assert not np.asarray(meta.branch).any()
+@pytest.mark.parametrize('least', [4, MAX_LEN - 1])
+def test_no_response_stops_before_it_is_long_enough(least):
+  free = sampled()
+  assert (free.lengths < least).any()
+  made = engine.Engine(
+      model=tiny_model.MODEL, stop_ids=STOP_IDS, compute=COMPUTE,
+      sampler=decode.SamplerConfig(
+          max_response_len=MAX_LEN, min_response_len=least),
+      engine=make().config, rules=tiny_model.rules()).sample(
+          tiny_model.params(), PROMPTS, jax.random.key(0),
+          num_samples=NUM_SAMPLES)
+  assert made.lengths.min() == least
+  # Until then, what would have been drawn is drawn, and its scores hold.
+  for i in np.ndindex(*free.lengths.shape):
+    same = min(free.lengths[i] - 1, made.lengths[i])
+    np.testing.assert_array_equal(
+        made.tokens[i][:same], free.tokens[i][:same])
+    np.testing.assert_allclose(
+        made.logprobs[i][:same], free.logprobs[i][:same], rtol=0, atol=1e-6)
+  assert made.is_finished.any()
+
+
+def test_responses_may_have_caps_of_their_own():
+  caps = np.random.default_rng(0).integers(1, MAX_LEN + 1, (8, NUM_SAMPLES))
+  made = make(prompts_at_once=2, samples_at_once=4)
+  session = made.session(tiny_model.params())
+  got = session.sample(
+      PROMPTS, engine.prompt_keys(jax.random.key(0), PROMPTS),
+      num_samples=NUM_SAMPLES, max_lens=caps)
+  np.testing.assert_array_equal(
+      got.lengths, np.minimum(caps, sampled().lengths))
+  for i in np.ndindex(*caps.shape):
+    length = got.lengths[i]
+    np.testing.assert_array_equal(
+        got.tokens[i][:length], sampled().tokens[i][:length])
 
 
 @pytest.mark.parametrize('field, value, message', [
@@ -234,6 +271,8 @@ def test_prefix_meta_hides_padding_and_the_last_prompt_token():
     ('top_p', 0.0, 'sampler.top_p=0.0'),
     ('top_p', 1.1, 'sampler.top_p=1.1'),
     ('max_response_len', 0, 'sampler.max_response_len=0'),
+    ('top_k', -1, 'sampler.top_k=-1'),
+    ('min_response_len', 64, 'sampler.min_response_len=64'),
 ])
 def test_impossible_samplers_are_refused(field, value, message):
   with pytest.raises(types.UserError, match=message):

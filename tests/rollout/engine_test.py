@@ -8,6 +8,7 @@ import pytest
 
 from longjax import types
 from longjax.model import compute
+from longjax.parallel import rules as rules_lib
 from longjax.rollout import decode, engine
 from tests import tiny_model
 
@@ -16,13 +17,13 @@ SAMPLER = decode.SamplerConfig(max_response_len=MAX_LEN)
 
 
 @functools.cache
-def make(prompt_buckets=(8, 16), prompts_per_batch=4, **mesh):
+def make(prompt_buckets=(8, 16), prompts_at_once=4, **mesh):
   """An engine; one for all tests that ask for the same."""
   return engine.Engine(
       model=tiny_model.MODEL, sampler=SAMPLER, stop_ids=(5, 17, 40),
       engine=engine.EngineConfig(
           prompt_buckets=prompt_buckets,
-          prompts_per_batch=prompts_per_batch),
+          prompts_at_once=prompts_at_once),
       rules=tiny_model.rules(**mesh),
       compute=compute.Compute(attention='reference'))
 
@@ -40,7 +41,7 @@ def assert_same(got, want):
 
 
 def test_results_stand_in_the_order_of_the_prompts_whatever_their_bucket():
-  # Both buckets, and more prompts of the first than one batch takes.
+  # Both buckets, and more prompts of the first than there are lanes.
   prompts = tiny_model.prompts([16, 3, 9, 8, 1, 12, 5, 6, 2])
   together = sample(make(), prompts)
   assert together.tokens.shape == (9, 2, MAX_LEN)
@@ -63,26 +64,41 @@ def test_results_are_host_arrays_of_their_own():
     assert field.flags.writeable
 
 
-def test_steady_state_compiles_nothing():
-  made = engine.Engine(
-      model=tiny_model.MODEL, sampler=SAMPLER, stop_ids=(5,),
-      engine=engine.EngineConfig(prompt_buckets=(8,), prompts_per_batch=4),
-      rules=tiny_model.rules(), compute=compute.Compute(attention='reference'))
-  assert made.num_programs() == 0
-  for i, lengths in enumerate([[3], [8, 2], [1, 1, 4, 5, 6, 7], [8] * 4]):
-    sample(made, tiny_model.prompts(lengths, seed=i), seed=i)
-    assert made.num_programs() == 1
+def test_a_call_that_is_cut_does_not_begin_the_next_bucket():
+  prompts = tiny_model.prompts([3, 16])
+  asked = []
+  session = make().session(tiny_model.params())
+  got = session.sample(
+      prompts, engine.prompt_keys(jax.random.key(0), prompts), num_samples=2,
+      should_cut=lambda rollouts: asked.append(rollouts.lengths.copy()) or True)
+  assert len(asked) == 1
+  np.testing.assert_array_equal(got.lengths, asked[0])
+  assert got.lengths[0].any() and not got.lengths[1].any()
 
 
-def test_prompts_are_laid_out_with_the_last_token_apart():
-  prompts = tiny_model.prompts([3, 1])
-  batch = engine.pad(prompts, num_prompts=3, prompt_len=5)
-  np.testing.assert_array_equal(
-      batch.tokens, [[*prompts[0].tokens[:2], 0, 0, 0], [0] * 5, [0] * 5])
-  np.testing.assert_array_equal(
-      batch.last_token, [prompts[0].tokens[2], prompts[1].tokens[0], 0])
-  np.testing.assert_array_equal(batch.lengths, [3, 1, 0])
-  np.testing.assert_array_equal(batch.numbers, [1000, 1001, 0])
+@pytest.mark.parametrize('bucket, chunk_len, want', [
+    # A chunk of whole blocks; a lane of whole chunks.
+    (2000, 512, (512, 2048)), (1153, 512, (384, 1152)), (2, 512, (1, 1)),
+    (100, 512, (99, 99)), (17, 4, (4, 16)), (18, 4, (4, 20))])
+def test_lanes_are_as_long_as_the_chunks_that_fill_them(
+    bucket, chunk_len, want):
+  config = engine.EngineConfig(
+      prompt_buckets=(bucket,), prompts_at_once=1, chunk_len=chunk_len)
+  made = engine.programs(
+      config, bucket, config=tiny_model.MODEL, sampler=SAMPLER, stop_ids=(5,),
+      compute=compute.Compute(),
+      rules=rules_lib.for_sampler(tiny_model.rules(), 1))
+  assert (made.chunk_len, made.lane_len) == want
+
+
+def test_chunks_and_rings_divide_over_the_devices_that_share_a_prompt():
+  config = engine.EngineConfig(
+      prompt_buckets=(24,), prompts_at_once=2, chunk_len=6)
+  made = engine.programs(
+      config, 24, config=tiny_model.MODEL, sampler=SAMPLER, stop_ids=(5,),
+      compute=compute.Compute(),
+      rules=rules_lib.for_sampler(tiny_model.rules(fsdp=2, seq=4), 2))
+  assert (made.chunk_len, made.lane_len, made.num_places) == (8, 24, 8)
 
 
 def test_a_prompt_longer_than_every_bucket_is_named():
@@ -99,20 +115,33 @@ def test_no_prompts_are_refused():
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_refused():
   with pytest.raises(
-      types.UserError, match=r'prompts_per_batch=4 does not divide over the '
+      types.UserError, match=r'prompts_at_once=4 does not divide over the '
       r'8 data shards.*use a multiple of 8'):
     make(data=2, fsdp=4)
+
+
+def test_slots_that_do_not_divide_over_the_mesh_are_refused():
+  config = engine.EngineConfig(
+      prompt_buckets=(8,), prompts_at_once=8, samples_at_once=12)
+  with pytest.raises(
+      types.UserError, match=r'sampler.samples_at_once=12 does not divide '
+      r'over the 8 data shards.*use a multiple of 8'):
+    engine.check(config, tiny_model.rules(data=8), name='sampler')
 
 
 @pytest.mark.parametrize('buckets', [(), (8, 8), (16, 8), (1, 4)])
 def test_impossible_buckets_are_refused(buckets):
   with pytest.raises(types.UserError, match='engine.prompt_buckets='):
-    engine.EngineConfig(prompt_buckets=buckets, prompts_per_batch=1)
+    engine.EngineConfig(prompt_buckets=buckets, prompts_at_once=1)
 
 
-def test_an_empty_batch_is_refused():
-  with pytest.raises(types.UserError, match='engine.prompts_per_batch=0'):
-    engine.EngineConfig(prompt_buckets=(8,), prompts_per_batch=0)
+@pytest.mark.parametrize('field, value', [
+    ('prompts_at_once', 0), ('samples_per_prompt', 0),
+    ('samples_at_once', -1), ('chunk_len', 0)])
+def test_an_engine_without_room_is_refused(field, value):
+  with pytest.raises(types.UserError, match=f'engine.{field}={value}'):
+    engine.EngineConfig(
+        **dict(prompt_buckets=(8,), prompts_at_once=1) | {field: value})
 
 
 class SpellingTokenizer:

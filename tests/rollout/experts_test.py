@@ -23,26 +23,31 @@ MAX_LEN = 6
 
 @functools.cache
 def sampled(mesh=()):
-  rules = tiny_model.rules(**dict(mesh))
-  padded = engine.pad(PROMPTS, num_prompts=8, prompt_len=16)
-  generate = jax.jit(functools.partial(
-      decode.generate, num_samples=2, stop_ids=(5, 17, 40, 41),
-      sampler=decode.SamplerConfig(max_response_len=MAX_LEN), config=MODEL,
-      rules=rules, compute=COMPUTE, record_experts=True))
-  return jax.device_get(generate(
-      tiny_model.params(model=MODEL), padded, jax.random.key(0)))
+  made = engine.Engine(
+      model=MODEL, stop_ids=(5, 17, 40, 41), compute=COMPUTE,
+      sampler=decode.SamplerConfig(max_response_len=MAX_LEN),
+      engine=engine.EngineConfig(
+          prompt_buckets=(16,), prompts_at_once=8, samples_per_prompt=2),
+      rules=tiny_model.rules(**dict(mesh)), record_experts=True)
+  return made.sample(
+      tiny_model.params(model=MODEL), PROMPTS, jax.random.key(0),
+      num_samples=2)
 
 
 @functools.cache
 def packed():
-  return batch.pack(PROMPTS, sampled(), row_len=40, row_multiple=8)
+  return tiny_model.packed(PROMPTS, sampled(), row_len=40, num_rows=8)
+
+
+@functools.cache
+def scorer(mesh, compute):
+  return jax.jit(functools.partial(
+      step.token_scores, config=MODEL, temperature=1.0,
+      rules=tiny_model.rules(**dict(mesh)), compute=compute))
 
 
 def scores(rows, params, mesh=(), compute=COMPUTE):
-  score = jax.jit(functools.partial(
-      step.token_scores, config=MODEL, temperature=1.0,
-      rules=tiny_model.rules(**dict(mesh)), compute=compute))
-  return jax.device_get(score(params, rows))
+  return jax.device_get(scorer(mesh, compute)(params, rows))
 
 
 @pytest.mark.parametrize('mesh', [
@@ -69,7 +74,8 @@ def test_the_trainer_routes_as_the_sampler_did():
   is_token = rows.meta.group >= 0
   np.testing.assert_array_equal(routed[is_token], rows.expert_ids[is_token])
   by_response = batch.unpack(
-      got.head.logprobs, rows, num_responses=16, max_response_len=MAX_LEN)
+      [got.head.logprobs], [rows], num_responses=16,
+      max_response_len=MAX_LEN)
   np.testing.assert_allclose(
       by_response, sampled().logprobs.reshape(16, MAX_LEN), rtol=0, atol=1e-5)
 

@@ -14,7 +14,7 @@ NUM_DRAWS = 40_000
 LOGITS = np.float32([0.3, -1.2, 2.0, 0.9, -4.0, 1.1, -0.4, 0.0, 1.9])
 
 sample = jax.jit(
-    token_sampling.sample, static_argnames=('temperature', 'top_p'))
+    token_sampling.sample, static_argnames=('temperature', 'top_p', 'top_k'))
 
 
 def exact_probabilities(logits, temperature):
@@ -35,11 +35,26 @@ def exact_nucleus(p, top_p):
   return inside
 
 
-def draws(logits, **kwargs):
+def exact_eligible(logits, temperature, top_p, top_k=0, banned=()):
+  """Probabilities of what may be drawn, in the order the docstring says."""
+  p = exact_probabilities(logits, temperature)
+  p[list(banned)] = 0.0
+  if top_k:
+    lowest = sorted(p, reverse=True)[min(top_k, len(p)) - 1]
+    p[p < lowest] = 0.0
+  p /= p.sum()
+  p[~exact_nucleus(p, top_p)] = 0.0
+  return p / p.sum()
+
+
+def draws(logits, banned=(), **kwargs):
   """Many draws from one distribution."""
   keys = jax.random.split(jax.random.key(0), NUM_DRAWS)
-  many = jnp.broadcast_to(logits, (NUM_DRAWS, len(logits)))
-  return sample(many, keys, **kwargs)
+  shape = NUM_DRAWS, len(logits)
+  if banned:
+    kwargs['banned'] = np.broadcast_to(
+        np.isin(np.arange(len(logits)), list(banned)), shape)
+  return sample(jnp.broadcast_to(logits, shape), keys, **kwargs)
 
 
 @pytest.mark.parametrize('temperature, top_p', [
@@ -93,6 +108,76 @@ def test_the_nucleus_is_the_smallest_set_with_the_mass(quarters, top_p):
   # Rarely drawn tokens are drawn too: the smallest has odds of 1 in 400.
   seen = np.unique(draws(logits, temperature=1.0, top_p=top_p).token)
   np.testing.assert_array_equal(seen, np.flatnonzero(inside))
+
+
+@pytest.mark.parametrize('temperature, top_p, top_k, banned', [
+    (1.0, 1.0, 3, ()), (0.7, 1.0, 5, ()), (1.0, 1.0, 0, (2, 8)),
+    # The nucleus is one of what is left, not of all tokens.
+    (1.0, 0.8, 4, ()), (1.0, 0.6, 0, (2,)), (1.3, 0.75, 4, (8, 0)),
+    (1.0, 1.0, 50, ()), (1.0, 0.9, 1, (2,))])
+def test_tokens_follow_the_exact_distribution_of_those_that_may_be_drawn(
+    temperature, top_p, top_k, banned):
+  p = exact_eligible(LOGITS, temperature, top_p, top_k, banned)
+  drawn = draws(
+      LOGITS, temperature=temperature, top_p=top_p, top_k=top_k,
+      banned=banned)
+  counts = np.bincount(drawn.token, minlength=len(p))
+  assert counts[p == 0.0].sum() == 0
+  inside = p > 0.0
+  if inside.sum() > 1:
+    result = scipy.stats.chisquare(counts[inside], NUM_DRAWS * p[inside])
+    assert result.pvalue > 1e-3
+  # What is reported is of the distribution before anything was left out.
+  whole = exact_probabilities(LOGITS, temperature)
+  np.testing.assert_allclose(
+      drawn.logprob, np.log(whole)[drawn.token], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+      drawn.entropy, -(whole * np.log(whole)).sum(), rtol=1e-5)
+  at_t1 = exact_probabilities(LOGITS, 1.0)
+  np.testing.assert_allclose(
+      drawn.entropy_t1, -(at_t1 * np.log(at_t1)).sum(), rtol=1e-5)
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.lists(st.integers(-8, 8), min_size=7, max_size=7, unique=True),
+    st.sampled_from([(1.0, 0), (1.0, 1), (1.0, 4), (0.6, 0), (0.6, 2),
+                     (0.9, 4)]),
+    st.sets(st.integers(0, 6), max_size=5))
+def test_what_may_be_drawn_is_what_is_drawn(quarters, top, banned):
+  top_p, top_k = top
+  logits = np.float32(quarters) / 4.0
+  # No boundary so near that float32 may fall on its other side.
+  mass = np.cumsum(np.sort(exact_eligible(
+      logits, 1.0, 1.0, top_k, banned))[::-1])
+  hypothesis.assume(
+      top_p == 1.0 or np.abs(mass - top_p).min() > 1e-4)
+  p = exact_eligible(logits, 1.0, top_p, top_k, banned)
+  seen = np.unique(draws(
+      logits, temperature=1.0, top_p=top_p, top_k=top_k,
+      banned=banned).token)
+  np.testing.assert_array_equal(seen, np.flatnonzero(p))
+
+
+def test_tokens_as_likely_as_the_last_of_the_top_are_among_them():
+  logits = np.float32([1.0, 2.0, 0.0, 1.0, -1.0])
+  seen = np.unique(
+      draws(logits, temperature=1.0, top_p=1.0, top_k=2).token)
+  np.testing.assert_array_equal(seen, [0, 1, 3])
+
+
+def test_greedy_takes_the_likeliest_token_that_is_not_banned():
+  banned = np.zeros((3, len(LOGITS)), bool)
+  banned[1, 2] = banned[2, [2, 8, 5]] = True
+  logits = np.tile(LOGITS, (3, 1))
+  for top_k in (0, 1, 4):
+    drawn = sample(
+        logits, jax.random.split(jax.random.key(0), 3), temperature=0.0,
+        top_p=1.0, top_k=top_k, banned=banned)
+    assert drawn.token.tolist() == [2, 8, 3]
+    np.testing.assert_allclose(
+        drawn.logprob, np.log(exact_probabilities(LOGITS, 1.0))[[2, 8, 3]],
+        rtol=1e-5)
 
 
 def test_a_tiny_nucleus_is_the_likeliest_token():

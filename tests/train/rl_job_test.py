@@ -68,8 +68,8 @@ class Grader:
 
 def stage(**overrides):
   return tiny_model.rl_stage(**dict(
-      num_prompts=8, num_samples=NUM_SAMPLES, max_prompt_len=40, row_len=96,
-      row_multiple=8, rollouts_every=1,
+      num_prompts=8, num_samples=NUM_SAMPLES, max_prompt_len=40,
+      row_lens=(64, 96), rollouts_every=1,
       sampler=decode.SamplerConfig(temperature=0.9, max_response_len=6),
       loss=loss_lib.LossConfig()) | overrides)
 
@@ -109,8 +109,9 @@ def test_a_mixture_of_experts_trains_on_the_samplers_routes():
       tiny_model.params(model=model),
       optimizer_lib.make(stage().optimizer, num_steps=4), where)
   graded = job.rollout(state.train.params, 0)
-  packed = job._pack(graded, 0, len(graded.prompts))
-  assert packed.expert_ids.shape[2:] == (model.num_layers, 2)
+  [packed] = job._minibatches(graded)
+  assert all(part.expert_ids.shape[2:] == (model.num_layers, 2)
+             for part in packed.micro_batches)
   for i in range(2):
     result = job.step(state, i, i + 1)
     state, values = result.state, jax.device_get(dict(result.values))
@@ -130,7 +131,8 @@ def num_programs(job):
   return {
       'sample': job.engine.num_programs(), 'plan': batch.plan._cache_size(),
       'score': job._score_rows._cache_size(),
-      'update': job._update._cache_size()}
+      'gradient': job._update.accumulate._cache_size(),
+      'apply': job._update.apply._cache_size()}
 
 
 @pytest.mark.parametrize('mesh', ['', 'data=2,fsdp=4'])
@@ -143,12 +145,19 @@ def test_after_the_first_step_nothing_is_compiled(mesh):
     state = result.state
     values = jax.device_get(dict(result.values))
     plans = plans or batch.plan._cache_size()
-    assert num_programs(job) == dict(sample=1, score=1, update=1, plan=plans)
+    made = num_programs(job)
+    # One a row length that occurred, however many rows there were.
+    num_lens = made['gradient']
+    assert num_lens <= len(stage().row_lens)
+    assert made == dict(
+        # Of the sampler: prepare, allocate, fill and write.
+        sample=4, score=num_lens, gradient=num_lens, apply=1, plan=plans)
     # The sampler and the trainer agree, so ratios of the first update are 1.
     assert values['gap/logprob_max'] < 1e-4
     assert values['grad_norm'] > 0.0 and values['skipped'] == 0
     assert 0.0 < values['reward/mean'] < 1.0
     assert 0.0 <= values['padding'] < 1.0
+    assert values['padding/repeated_prefix'] == 0.0
     assert not values['aepo/skipped_steps']
     # Both tasks have four prompts a batch.
     np.testing.assert_allclose(
@@ -177,8 +186,83 @@ def test_off_policy_updates_run_over_minibatches_and_epochs():
   # The last update's policy is no longer the one that sampled.
   assert abs(float(result.values['ratio/mean']) - 1.0) > 1e-5
   graded = job.rollout(result.state.train.params, 0)
-  seen = [set(p.trajectory[p.loss_mask]) for p in job._minibatches(graded)]
-  assert seen == [set(range(12)), set(range(12, 24))] * 2
+  seen = [
+      set().union(*(set(part.trajectory[part.loss_mask])
+                    for part in packed.micro_batches))
+      for packed in job._minibatches(graded)]
+  assert seen == [set(range(12)), set(range(12, 24))]
+
+
+class Spy:
+  """An update that notes what it is given."""
+
+  def __init__(self, update):
+    self.update, self.extras, self.applied = update, [], []
+
+  def __call__(self, state, micro_batches, extras, is_applied):
+    self.extras.append(extras)
+    self.applied.append(bool(is_applied))
+    return self.update(state, micro_batches, extras, is_applied)
+
+
+@pytest.mark.parametrize('source', ['sampler', 'trainer_forward'])
+def test_the_samplers_scores_replace_a_pass_and_aepo_still_decides_first(
+    source):
+  where, grader = context(), Grader()
+  job = rl_job.RlJob(
+      where, stage(
+          num_minibatches=2, num_epochs=2, entropy_source=source,
+          loss=loss_lib.LossConfig(objective='off_policy'),
+          # Entropy is always above this band.
+          aepo=entropy_control.AepoConfig(
+              entropy_low=0.1, entropy_high=0.2, baseline_steps=9)),
+      examples=EXAMPLES, score=grader)
+  job._update = spy = Spy(job._update)
+  graded = job.rollout(fresh(where).train.params, 0)
+  result = job.step(fresh(where), 0, 1)
+  is_scored = source == 'trainer_forward'
+  assert bool(job._score_rows._cache_size()) == is_scored
+
+  # All updates of the batch measure themselves by the policy that sampled.
+  sampled = graded.rollouts.logprobs.reshape(24, -1)
+  for extras in spy.extras:
+    np.testing.assert_allclose(extras['old_logprobs'], sampled, atol=1e-4)
+    assert np.array_equal(extras['old_logprobs'], sampled) != is_scored
+  want = graded.rollouts.entropy.sum(axis=2) / graded.rollouts.lengths
+  np.testing.assert_allclose(
+      result.values['entropy/seq_mean'], want.mean(), rtol=1e-4)
+
+  # This batch's entropy decided this batch's updates: no failure is learnt.
+  assert int(result.state.aepo.mode) == entropy_control.Mode.POS
+  weights = np.asarray(spy.extras[0]['token_weights'])
+  fails = graded.rewards == 0.0
+  assert fails.any() and not weights[fails].any() and weights[~fails].any()
+  grader.is_stingy = True
+  job.step(fresh(where), 0, 1)
+  assert spy.applied[-4:] == [False] * 4
+
+
+def test_what_an_older_policy_began_is_scored_whatever_the_config_says():
+  where = context()
+  job = rl_job.RlJob(
+      where, stage(entropy_source='sampler'), examples=EXAMPLES,
+      score=Grader())
+  older = fresh(where).train.params
+  newer = jax.tree.map(lambda x: 1.1 * x, older)
+  graded = job.rollout(older, 0)
+  packed = job._minibatches(graded)
+  trusted = job._measure(newer, graded, packed)
+  assert not job._score_rows._cache_size()
+  stale = dataclasses.replace(graded, metrics={'partial/old_tokens': 0.25})
+  scored = job._measure(newer, stale, packed)
+  for name, given, told in zip(
+      ('entropy', 'entropy_t1', 'logprobs'), trusted, scored, strict=True):
+    by_sampler = getattr(graded.rollouts, name).reshape(24, -1)
+    np.testing.assert_array_equal(given, by_sampler)
+    assert np.abs(told - by_sampler).max() > 1e-3
+  # They are what the trainer's own pass says.
+  for told, want in zip(job._measure(older, stale, packed), trusted):
+    np.testing.assert_allclose(told, want, atol=1e-4)
 
 
 def test_a_bad_update_is_told_even_if_the_next_is_good(monkeypatch):
@@ -210,8 +294,7 @@ def test_a_batch_without_a_positive_response_in_pos_mode_is_skipped():
 def test_a_batch_without_the_task_whose_turn_it_is_shows_another():
   where = context()
   job = rl_job.RlJob(
-      where, stage(num_prompts=1, row_multiple=1), examples=EXAMPLES,
-      score=Grader())
+      where, stage(num_prompts=1), examples=EXAMPLES, score=Grader())
   example = EXAMPLES[1]
   assert example.task == 'qa'  # The first turn is that of 'mc'.
   graded = rl_job.Graded(
@@ -252,7 +335,7 @@ def test_prompts_sampled_in_parts_are_answered_alike():
   job, where, _ = job_of('on_policy')
   params = fresh(where).train.params
   parted = rl_job.RlJob(
-      where, stage(prompts_per_batch=2), examples=EXAMPLES, score=Grader())
+      where, stage(prompts_at_once=2), examples=EXAMPLES, score=Grader())
   assert parted.rollout(params, 0).texts == job.rollout(params, 0).texts
 
 
@@ -271,10 +354,13 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
     (dict(steps=0), 'rl.steps=0'),
     (dict(num_samples=1), 'num_samples=1'),
     (dict(num_minibatches=3), 'not a multiple of rl.num_minibatches=3'),
-    (dict(rows_at_once=3), 'not a multiple of rl.rows_at_once=3'),
     (dict(rows_at_once=-1), 'rl.rows_at_once=-1 must be >= 0'),
-    (dict(prompts_per_batch=-1), 'rl.prompts_per_batch=-1 must be >= 0'),
-    (dict(row_len=57), r'rl.row_len=57 cannot hold.*at least 58'),
+    (dict(prompts_at_once=-1), 'rl.prompts_at_once=-1 must be >= 0'),
+    (dict(row_lens=(16, 44)),
+     r'rl.row_lens=\(16, 44\) cannot hold.*at least 45'),
+    (dict(row_lens=(96, 64)), 'must be one or more lengths, increasing'),
+    (dict(row_lens=(0, 96)), 'must be one or more lengths, increasing'),
+    (dict(row_lens=()), 'must be one or more lengths, increasing'),
     (dict(sampler=decode.SamplerConfig(temperature=0.0, max_response_len=6)),
      'rl.sampler.temperature=0'),
     (dict(num_epochs=2), "rl.loss.objective='off_policy'"),
@@ -286,10 +372,9 @@ def test_impossible_stages_are_refused(overrides, message):
 
 @pytest.mark.parametrize('overrides, message', [
     (dict(num_prompts=4), 'rl.num_prompts=4 does not divide over the 8 data'),
-    (dict(row_multiple=4), 'rl.row_multiple=4 does not divide over the 8 data'),
-    (dict(row_multiple=8, prompts_per_batch=4),
-     'rl.prompts_per_batch=4 does not divide over the 8 data'),
-    (dict(row_multiple=8, rows_at_once=4),
+    (dict(prompts_at_once=4),
+     'rl.prompts_at_once=4 does not divide over the 8 data'),
+    (dict(rows_at_once=4),
      'rl.rows_at_once=4 does not divide over the 8 data.* multiple of 8'),
 ])
 def test_batches_that_do_not_divide_over_the_mesh_are_refused(

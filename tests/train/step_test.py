@@ -10,6 +10,7 @@ import pytest
 from flax import struct
 
 from longjax import reductions, types
+from longjax import rows as rows_lib
 from longjax.model import architecture, compute, parameters
 from longjax.rl import batch as batch_lib
 from longjax.train import optimizer as optimizer_lib
@@ -18,7 +19,7 @@ from tests import tiny_model
 
 PROMPTS = tiny_model.prompts([3, 12, 1, 7])
 ROLLOUTS = tiny_model.rollouts(4, 3, 8)
-PACKED = batch_lib.pack(PROMPTS, ROLLOUTS, row_len=40, row_multiple=8)
+PACKED = tiny_model.packed(PROMPTS, ROLLOUTS, row_len=40, num_rows=8)
 MESHES = {'one': {}, 'data=2,fsdp=4': dict(data=2, fsdp=4)}
 
 
@@ -59,7 +60,7 @@ BAD = {'loss': extras(scale=np.nan), 'gradient': extras(under_root=0.0),
 
 
 @functools.cache
-def compiled(mesh='one', schedule='constant', rows_at_once=0):
+def compiled(mesh='one', schedule='constant'):
   """update, optimizer and rules."""
   rules = tiny_model.rules(**MESHES[mesh])
   optimizer = optimizer_lib.make(
@@ -68,8 +69,7 @@ def compiled(mesh='one', schedule='constant', rows_at_once=0):
           schedule=optimizer_lib.Schedule(schedule)),
       num_steps=10)
   update = step.make_update(
-      bigram_loss, optimizer, config=tiny_model.MODEL, rules=rules,
-      rows_at_once=rows_at_once)
+      bigram_loss, optimizer, config=tiny_model.MODEL, rules=rules)
   return update, optimizer, rules
 
 
@@ -87,11 +87,10 @@ def start(mesh='one'):
 
 def run(steps, mesh='one'):
   """Takes steps given as (extras, is_applied); host state and metrics."""
-  update, _, rules = compiled(mesh)
+  update, *_ = compiled(mesh)
   now, metrics = start(mesh), []
   for values, is_applied in steps:
-    now, one = update(
-        now, step.put_rows(PACKED, rules), values, jnp.bool_(is_applied))
+    now, one = update(now, [PACKED], values, is_applied)
     metrics.append(jax.device_get(one))
   return jax.device_get(now), metrics
 
@@ -151,35 +150,54 @@ def test_the_state_is_donated_and_the_given_parameters_are_not():
   update, optimizer, rules = compiled()
   given = jax.device_put(tiny_model.params(), rules.sharding())
   first = state.create(given, tiny_model.MODEL, optimizer, rules)
-  second, _ = update(first, step.put_rows(PACKED, rules), extras(), True)
+  second, _ = update(first, [PACKED], extras(), True)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
   assert_identical(jax.device_get(given), tiny_model.params())
   assert int(second.step) == 1
   # The next stage starts from these parameters, which outlive its steps.
   third = state.create(second.params, tiny_model.MODEL, optimizer, rules)
-  update(third, step.put_rows(PACKED, rules), extras(), True)
+  update(third, [PACKED], extras(), True)
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(second.params))
 
 
 @pytest.mark.parametrize('mesh', MESHES)
-def test_steady_state_compiles_nothing(mesh):
-  # Afresh: other tests share the cached programs.
+def test_each_shape_of_rows_is_compiled_once(mesh):
+  traced = []
+
+  def counted_loss(params, rows, extras):
+    traced.append(rows.tokens.shape)
+    return bigram_loss(params, rows, extras)
+
   rules, (_, optimizer, _) = tiny_model.rules(**MESHES[mesh]), compiled(mesh)
   update = step.make_update(
-      bigram_loss, optimizer, config=tiny_model.MODEL, rules=rules)
+      counted_loss, optimizer, config=tiny_model.MODEL, rules=rules)
+  longer = tiny_model.packed(PROMPTS, ROLLOUTS, row_len=56, num_rows=8)
   now = start(mesh)
   for i in range(4):
+    # Another number of micro-batches each time, in another order.
     now, _ = update(
-        now, step.put_rows(PACKED, rules), extras(scale=0.01 * (i + 1)), True)
-    assert update._cache_size() == 1
+        now, [longer, *[PACKED] * i, longer][i % 2:],
+        extras(scale=0.01 * (i + 1)), i % 2 == 0)
+    now, _ = update(now, [PACKED], extras(), True)
+  assert update.accumulate._cache_size() == 2
+  assert update.apply._cache_size() == 1
+  # Each for its program, and for the sums' shapes where it came first.
+  assert {shape: traced.count(shape) for shape in traced} == {
+      (8, 40): 2, (8, 56): 2}
+
+
+def test_a_step_without_rows_is_refused():
+  update, *_ = compiled()
+  with pytest.raises(ValueError, match='at least one micro-batch'):
+    update(start(), [], extras(), True)
 
 
 def test_micro_batches_do_not_change_metrics_or_the_step():
   outcomes = []
-  for rows_at_once in (0, 4, 1):
-    update, _, rules = compiled(rows_at_once=rows_at_once)
+  update, *_ = compiled()
+  for num_rows in (8, 4, 1):
     after, metrics = update(
-        start(), step.put_rows(PACKED, rules), extras(), True)
+        start(), rows_lib.split(PACKED, num_rows), extras(), True)
     adam = optax.tree_utils.tree_get(after.opt_state, 'ScaleByAdamState')
     outcomes.append(jax.device_get((metrics, adam.mu)))
   (want, want_mu), *others = outcomes
@@ -211,7 +229,7 @@ def test_moments_lie_with_their_parameters():
 
   jax.tree.map(same, now, abstract)
   update = compiled('data=2,fsdp=4')[0]
-  after, _ = update(now, step.put_rows(PACKED, rules), extras(), True)
+  after, _ = update(now, [PACKED], extras(), True)
   jax.tree.map(same, after, abstract)
 
 
@@ -228,7 +246,7 @@ def test_score_gives_the_logprobs_the_loss_is_formed_from():
       rules=rules, compute=compute.Compute(attention='reference'))
   scores = score(tiny_model.params(), PACKED)
   by_response = batch_lib.unpack(
-      np.asarray(scores.logprobs), PACKED, num_responses=12,
+      [np.asarray(scores.logprobs)], [PACKED], num_responses=12,
       max_response_len=8)
   given = tiny_model.extras(ROLLOUTS) | {
       'old_logprobs': by_response, 'sampler_logprobs': by_response}
@@ -245,12 +263,13 @@ def test_scores_do_not_depend_on_how_many_rows_run_at_once():
   for mesh, rows_at_once in (('one', 2), ('data=2,fsdp=4', 8)):
     rules = tiny_model.rules(**MESHES[mesh])
     packed = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), PACKED)
-    want, got = (
-        step.make_score(
-            config=tiny_model.MODEL, temperature=0.7, rules=rules,
-            compute=compute.Compute(attention='reference'), rows_at_once=n)(
-                tiny_model.params(), packed)
-        for n in (0, rows_at_once))
+    score = step.make_score(
+        config=tiny_model.MODEL, temperature=0.7, rules=rules,
+        compute=compute.Compute(attention='reference'))
+    want, *parts = (
+        score(tiny_model.params(), step.put_rows(part, rules))
+        for part in (packed, *rows_lib.split(packed, rows_at_once)))
+    got = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         got, want)

@@ -1,0 +1,166 @@
+"""A suite of seconds: every program, both variants, on two devices."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from longjax import config, types
+from longjax.bench import job, programs, suite
+from longjax.parallel import mesh as mesh_lib
+from tests import tiny_model
+
+FACTS = dict(
+    num_prompts=2, prompt_len=33, num_samples=3, response_len=16,
+    shortest_response=5)
+CASES = dict(
+    prefill=dict(program='prefill', **FACTS),
+    decode=dict(program='decode', repeats=2, **FACTS),
+    score=dict(program='score', **FACTS),
+    update=dict(program='update', repeats=2, **FACTS),
+    shallow=dict(
+        program='update', variants=('shared',), num_layers=1, **FACTS),
+    gap=dict(program='gap', variants=('shared',), **FACTS),
+    attention=dict(program='attention', length=128, repeats=1),
+    parity=dict(program='parity', length=100))
+
+
+def run(path, cases, **facts):
+  """Runs cases on two devices; what bench.json holds."""
+  built = config.build(suite.BenchConfig, dict(
+      suite='smoke', model=tiny_model.MODEL, cases=cases,
+      mesh=dict(data=2)) | facts)
+  assert job.run(built, path, devices=jax.devices()[:2]) == 0
+  return json.loads((path / job.RESULT_FILE).read_text())
+
+
+@pytest.fixture(scope='module')
+def result(tmp_path_factory):
+  once = {name: dict(repeats=1) | case if 'length' not in case else case
+          for name, case in CASES.items()}
+  return run(tmp_path_factory.mktemp('bench'), once)
+
+
+def of(result, case, variant='shared'):
+  [found] = [r for r in result['records']
+             if (r['case'], r['variant']) == (case, variant)]
+  return found
+
+
+def test_every_case_is_there_in_order(result):
+  cases = list(dict.fromkeys(r['case'] for r in result['records']))
+  assert cases == list(CASES)
+  assert result['config']['suite'] == 'smoke'
+
+
+def test_all_figures_are_finite_and_none_is_trivial(result):
+  for record in result['records']:
+    for name, value in record.items():
+      if isinstance(value, float):
+        assert math.isfinite(value), (record, name)
+    if record['program'] == 'parity':
+      continue
+    for name in ('seconds', 'cpu_seconds', 'tokens_per_second', 'tflops',
+                 'share_of_peak', 'compile_seconds'):
+      assert record[name] > 0.0, (record, name)
+    assert record['program'] == 'attention' or record['peak_bytes'] > 1 << 20
+
+
+def test_figures_of_a_record_agree_with_each_other(result):
+  for case in ('prefill', 'decode', 'score', 'update'):
+    shared, unshared = (of(result, case, v) for v in ('shared', 'unshared'))
+    for record in (shared, unshared):
+      assert record['tokens_per_second'] == pytest.approx(
+          record['tokens'] / record['seconds'])
+      assert record['share_of_peak'] == pytest.approx(
+          record['tflops'] * 1e12 / (2 * result['assumptions']['flops']))
+    assert shared['tokens'] == unshared['tokens']
+    assert shared['needed_flops'] == unshared['needed_flops']
+    assert shared['own_flops'] == shared['needed_flops']
+    [ratio] = [r for r in result['ratios'] if r['case'] == case]
+    assert ratio['seconds'] == pytest.approx(
+        unshared['seconds'] / shared['seconds'])
+
+
+def test_shared_and_unshared_compute_the_same_loss(result):
+  shared, unshared = (
+      of(result, 'update', v)['loss'] for v in ('shared', 'unshared'))
+  assert shared == pytest.approx(unshared, rel=1e-5)
+  assert abs(shared) > 1e-3
+
+
+def test_runs_of_an_update_do_not_change_what_the_next_one_computes(tmp_path):
+  policy_loss = [
+      run(tmp_path / str(repeats), dict(update=dict(
+          program='update', variants=('shared',), repeats=repeats, **FACTS)))
+      for repeats in (1, 3)]
+  first, third = (of(r, 'update')['loss'] for r in policy_loss)
+  assert first == third
+
+
+def test_unshared_rows_repeat_prompts_and_all_rows_are_padded(result):
+  for case in ('score', 'update'):
+    shared, unshared = (of(result, case, v) for v in ('shared', 'unshared'))
+    assert shared['repeated'] == 0.0 < unshared['repeated'] < 1.0
+    for record in (shared, unshared):
+      assert 0.0 < record['padding'] < 1.0
+    # 3 samples of each prompt: two copies too many.
+    places = shared['tokens'] / (1 - unshared['padding'] - unshared['repeated'])
+    assert unshared['repeated'] * places == pytest.approx(2 * 2 * 32)
+  assert of(result, 'update')['program_bytes'] > of(
+      result, 'score')['program_bytes'] > 0
+
+
+def test_fewer_layers_need_less(result):
+  assert of(result, 'shallow')['needed_flops'] < of(
+      result, 'update')['needed_flops']
+
+
+def test_sampler_and_trainer_agree(result):
+  gap = of(result, 'gap')
+  assert 0.0 < gap['mean_gap'] <= gap['max_gap'] < 1e-4
+  # Random weights: each token is about as likely as any other.
+  assert gap['mean_nats'] == pytest.approx(
+      math.log(tiny_model.MODEL.vocab_size), rel=0.5)
+
+
+def test_the_device_is_compared_with_the_cpu(result):
+  errors = of(result, 'parity', 'auto float32')
+  assert max(errors[name] for name in ('out', 'dq', 'dk', 'dv')) < 1e-5
+  rounded = of(result, 'parity', 'auto bfloat16')
+  assert 1e-5 < rounded['out'] < 2e-2
+  assert of(result, 'parity', 'network float32')['gradients'] < 1e-5
+
+
+def test_what_does_not_fit_is_told_and_the_rest_goes_on(
+    tmp_path, monkeypatch):
+  prepare = programs.prepare
+
+  def out_of_memory(case, variant, setting, policy):
+    if case.program == 'score':
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: too much')
+    return prepare(case, variant, setting, policy)
+
+  monkeypatch.setattr(programs, 'prepare', out_of_memory)
+  result = run(tmp_path, dict(
+      score=dict(program='score', **FACTS),
+      update=dict(program='update', variants=('shared',), repeats=1, **FACTS)))
+  assert 'seconds' not in of(result, 'score', 'unshared')
+  assert of(result, 'update')['seconds'] > 0.0
+
+
+@pytest.mark.parametrize('case, match', [
+    (dict(program='decode', num_prompts=3, prompt_len=8),
+     r'cases.one \(shared\).*3 does not divide over the 2 data shards'),
+    (dict(program='update', prompt_len=8, rows_at_once=1),
+     r'cases.one.rows_at_once=1 does not divide over the 2 data shards'),
+])
+def test_a_case_that_does_not_divide_over_the_mesh_is_refused(case, match):
+  rules = programs.rules_lib.Rules(
+      mesh_lib.make(mesh_lib.MeshConfig(data=2), jax.devices()[:2]))
+  setting = programs.Setting(
+      model=tiny_model.MODEL, rules=rules,
+      compute=programs.compute_lib.Compute(), seed=0)
+  with pytest.raises(types.UserError, match=match):
+    programs.check('one', suite.Case(**case), setting)
