@@ -98,10 +98,10 @@ def assert_equal(got: pathlib.Path, want: pathlib.Path) -> None:
         np.testing.assert_equal(x, y, err_msg=name)
       else:
         # Sums over devices of two hosts are taken in another order. What
-        # measures rounding (gap/...) is itself of the size of rounding.
-        np.testing.assert_allclose(
-            x, y, rtol=1e-5, atol=1e-5 if name.startswith('gap/') else 0,
-            err_msg=name)
+        # measures rounding (gap/...) is itself of the size of rounding, and so
+        # is a loss whose advantages cancel, all responses being equally long.
+        atol = {'gap': 1e-5, 'loss': 1e-7}.get(name.partition('/')[0], 0.0)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol, err_msg=name)
   for path in sorted((want / 'evals').glob('*.json')):
     assert (got / 'evals' / path.name).read_bytes() == path.read_bytes()
 

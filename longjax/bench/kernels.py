@@ -131,7 +131,7 @@ def attention_errors(
       out = attend(q, k, v)
       return jnp.sum((out * weight).astype(jnp.float32)), out
 
-    with jax.default_matmul_precision('highest'):
+    with compute_lib.Compute(dtype=dtype).matmul_precision():
       gradients, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*qkv)
     return out, *gradients
 
@@ -149,7 +149,7 @@ def network_errors(case: suite.KernelCase) -> dict[str, float]:
     context: Any = python_types.SimpleNamespace(
         model=_SMALL, rules=_alone(device), compute=compute_lib.Compute())
     loss = functools.partial(sft_job.loss, context=context)
-    with jax.default_matmul_precision('highest'):
+    with compute_lib.Compute().matmul_precision():
       (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
           *jax.device_put((params, batch, {'num_tokens': 100.0}), device))
     return value, *jax.tree.leaves(gradients)

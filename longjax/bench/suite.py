@@ -104,7 +104,7 @@ class BenchConfig:
 
   Attributes:
     suite: its name, for the report.
-    cases: what is measured, by name, in this order.
+    cases: what is measured, by name.
     init_from: a directory or work directory whose config.json gives the
       model's sizes; weights are random all the same.
     model: sizes, if `init_from` is empty.

@@ -117,9 +117,11 @@ def run(
       engine=stage.engine,
       stop_ids=tokenizer.stop_ids, rules=rules, compute=compute)
   key = jax.random.fold_in(jax.random.key(seed), 0xE7A1)
+  session = sampler.session(params)
 
   def generate(batch, num_samples):
-    rollouts = sampler.sample(params, batch, key, num_samples=num_samples)
+    rollouts = session.sample(
+        batch, engine.prompt_keys(key, batch), num_samples=num_samples)
     return [[
         runner.Response(
             text=engine.response_text(tokenizer, rollouts, p, g),

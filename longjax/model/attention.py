@@ -47,6 +47,7 @@ def attention(
     backend: Backend = 'auto',
     block_len: int = 0,
     context_parallel: ContextParallel = 'auto',
+    is_dealt: bool = True,
     rules: rules_lib.Rules | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # f[B, T, N, H], f32[B, T, N]
   """Softmax attention, scores scaled by 1 / sqrt(H), softmax in float32.
@@ -63,6 +64,8 @@ def attention(
     block_len: tokens of a block; 0 takes the platform's.
     context_parallel: how keys travel where tokens are split; see
       `context_parallel`. 'reference' leaves that to the compiler.
+    is_dealt: tokens stand as `order` says, so blocks are those it dealt out;
+      else blocks are as long as suits the platform.
     rules: where rows, tokens and heads live; None means on one device.
 
   Returns:
@@ -85,7 +88,7 @@ def attention(
     k, v = (_enough_heads(x, rules) for x in (k, v))
   chosen = settings(
       q, k, backend=backend, block_len=block_len, strategy=context_parallel,
-      rules=rules)
+      is_dealt=is_dealt, rules=rules)
   return context_parallel_lib.attend(
       q, k, v, query_meta, key_meta, chosen)
 
@@ -191,6 +194,7 @@ def settings(
     backend: Backend,
     block_len: int,
     strategy: ContextParallel,
+    is_dealt: bool = True,
     rules: rules_lib.Rules | None,
 ) -> context_parallel_lib.Settings:
   """What 'auto' and 0 stand for, for arrays of these shapes.
@@ -203,7 +207,10 @@ def settings(
         f'backend={backend!r} is none of auto, reference, '
         f'{", ".join(_BLOCK_BACKENDS)}.')
   platform = _platform(rules)
-  block_len = _block_len(q.shape[1], block_len, rules)
+  if is_dealt:
+    block_len = _block_len(q.shape[1], block_len, rules)
+  else:
+    block_len = block_len or _BLOCK_LEN[platform]
   num_devices = rules.size('seq') if rules else 1
   if strategy == 'auto':
     strategy = (

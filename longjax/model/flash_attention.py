@@ -291,7 +291,10 @@ def _backward_row(
 
   def query_block(carry, args):
     q, d_out, lse, offset, query_block, order, count = args
-    q_columns, d_out_columns = _columns(q), _columns(d_out)
+    # Else the compiler may undo it where a row is a single block, and then
+    # lack a product of bfloat16.
+    q_columns, d_out_columns = jax.lax.optimization_barrier(
+        (_columns(q), _columns(d_out)))
 
     def visit(i, carry):
       dq, dk, dv = carry

@@ -100,11 +100,12 @@ def read_chunk(
       seen = attention.attention(
           q, earlier.key, earlier.value, meta, lane_meta,
           backend=compute.attention, block_len=compute.block_len,
-          context_parallel='merge', rules=rules)
+          context_parallel='merge', is_dealt=False, rules=rules)
       own = attention.attention(
           q, k, v, meta, meta, backend=compute.attention,
           block_len=compute.block_len,
-          context_parallel=compute.context_parallel, rules=rules)
+          context_parallel=compute.context_parallel, is_dealt=False,
+          rules=rules)
       out, _ = flash_attention.merge(*seen, *own)
       return out, cache.KeyValues(key=_swap(k), value=_swap(v))
 

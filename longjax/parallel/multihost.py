@@ -116,22 +116,22 @@ def maximum(value: int) -> jax.Array:  # i32[]
   """
   if jax.process_count() == 1:
     return jnp.int32(value)
-  by_process, replicated = _one_device_each()
+  by_device, replicated = _on_all_devices()
   values = jax.make_array_from_callback(
-      (jax.process_count(),), by_process,
+      (jax.device_count(),), by_device,
       lambda _: np.asarray([value], np.int32))
   return _max(replicated)(values)
 
 
 @functools.cache
-def _one_device_each() -> tuple[NamedSharding, NamedSharding]:
-  """Over a device of each process: split, replicated."""
-  first: dict[int, jax.Device] = {}
-  for device in jax.devices():
-    first.setdefault(device.process_index, device)
-  devices = [first[i] for i in range(jax.process_count())]
-  mesh = Mesh(np.asarray(devices), ('process',))
-  return (NamedSharding(mesh, PartitionSpec('process')),
+def _on_all_devices() -> tuple[NamedSharding, NamedSharding]:
+  """Over all devices: split, replicated.
+
+  All, for a program on some of them does not wait for its turn on CPUs: it
+  would mix its messages with those of training, differently in each process.
+  """
+  mesh = Mesh(np.asarray(jax.devices()), ('device',))
+  return (NamedSharding(mesh, PartitionSpec('device')),
           NamedSharding(mesh, PartitionSpec()))
 
 

@@ -52,8 +52,10 @@ def attention(
     model: architecture.ModelConfig,
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
+    *,
+    is_dealt: bool = True,
 ) -> Attention:
-  """Of rows computed at once."""
+  """Of rows computed at once, dealt out over `seq` or not."""
 
   def heads(number):
     return jax.ShapeDtypeStruct(
@@ -62,7 +64,7 @@ def attention(
   chosen = attention_lib.settings(
       heads(model.num_heads), heads(model.num_kv_heads),
       backend=compute.attention, block_len=compute.block_len,
-      strategy=compute.context_parallel, rules=rules)
+      strategy=compute.context_parallel, is_dealt=is_dealt, rules=rules)
   backend = chosen.backend.__name__.rpartition('.')[2]
   return Attention(
       backend=backend, block_len=chosen.block_len,
@@ -235,7 +237,8 @@ def prefill(
       sampler.lane_len // sampler.chunk_len)
   num_runs = stage.num_prompts * of_prompt / num_chunks
   prefill_rules, num_tokens = sampler.rules.prefill, num_chunks * chunk_len
-  chosen = attention(num_chunks, chunk_len, model, prefill_rules, compute)
+  chosen = attention(
+      num_chunks, chunk_len, model, prefill_rules, compute, is_dealt=False)
   own, imbalance = _pairs_of_row(
       ((chunk_len, ()),), chunk_len, chosen.block_len, 1)
   read = stage.max_prompt_len - 1

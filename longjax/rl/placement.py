@@ -27,11 +27,12 @@ from collections.abc import Iterator, Sequence
 
 from longjax import types
 
-# At most about so many choices are tried; each takes a millisecond at most.
-_MOST_CHOICES = 400
+# So many choices are tried that about so many pieces are placed in all of them;
+# where pieces are many, each matters less.
+_MOST_PLACED = 60_000
 
-# What a micro-batch costs whatever its length, in units of one of the longest
-# rows: weights are gathered, gradients are added.
+# What a micro-batch costs whatever its length, as a share of what one of the
+# longest rows costs: weights are gathered, gradients are added.
 _COST_OF_MICRO_BATCH = 0.02
 
 # At most about so many ways to share rows are tried for a group.
@@ -112,8 +113,8 @@ def place(
 
   best = [_Row(row_len=row_lens[0]) for _ in range(num_rows)]
   least = float('inf')
-  for short in _choices(sum(sizes), row_lens=row_lens, num_rows=num_rows):
-    if not sizes or cost(short) >= least:
+  for short in _choices(sizes, row_lens=row_lens, num_rows=num_rows):
+    if cost(short) >= least:
       continue
     filled = _fill(sizes, short, longest=row_lens[-1], num_rows=num_rows)
     found = cost([row.row_len for row in filled])
@@ -194,18 +195,21 @@ def _fewest_rows(lens: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _choices(
-    num_tokens: int, *, row_lens: Sequence[int], num_rows: int
+    sizes: Sequence[int], *, row_lens: Sequence[int], num_rows: int
 ) -> Iterator[tuple[int, ...]]:
   """Lengths of short rows to lay out before the longest, one choice a time.
 
   From none to as many micro-batches of each length as could hold everything,
-  evenly spaced if those are too many to try.
+  evenly spaced if those are too many to try. Without pieces there is no choice.
   """
+  if not sizes:
+    return
   short = row_lens[:-1]
-  most_each = int(_MOST_CHOICES ** (1 / max(len(short), 1)))
+  most_each = max(int(
+      (_MOST_PLACED / len(sizes)) ** (1 / max(len(short), 1))), 2)
   numbers = []
   for row_len in short:
-    most = -(-num_tokens // (num_rows * row_len))
+    most = -(-sum(sizes) // (num_rows * row_len))
     step = max(most / most_each, 1)
     numbers.append([round(i * step) for i in range(int(most / step) + 1)])
   for choice in itertools.product(*numbers):

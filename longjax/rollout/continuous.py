@@ -79,7 +79,8 @@ class Piece:
     entropy: f32[.].
     entropy_t1: f32[.].
     expert_ids: [., L, A]; None if not asked.
-    prompt_expert_ids: [S, L, A] of the prompt, as it stands in its lane.
+    prompt_expert_ids: [S, L, A] of the prompt, as it stands in its lane, with
+      the first piece of a sample.
   """
 
   prompt: int
@@ -155,7 +156,6 @@ class ContinuousBatch:
         chunk_len=jitted.programs.chunk_len)
     self._samples = _nobody(num_lanes, num_slots, num_seats)
     self._who: dict[int, tuple[int, int]] = {}  # Slot -> request, sample.
-    self._is_running = False
     # Where the tokens of each lane went, [S, L, A].
     self._expert_ids: dict[int, np.ndarray] = {}
 
@@ -173,11 +173,6 @@ class ContinuousBatch:
     Yields:
       What a call wrote.
     """
-    if self._is_running:
-      raise ValueError(
-          'an earlier iterator over what this session writes has not come to '
-          'its end; exhaust it or close it.')
-    self._is_running = True
     try:
       for i, request in enumerate(requests):
         unfinished = [
@@ -186,7 +181,12 @@ class ContinuousBatch:
         if unfinished:
           self._plan.submit(i, request.tokens[:-1], unfinished)
       while True:
-        self._seat(requests)
+        try:
+          self._seat(requests)
+        except BaseException:
+          # Interrupted: what a lane was to hold may not all stand in it.
+          self._plan.forget()
+          raise
         if not self._who:
           return
         yield self._write(max_steps)
@@ -194,7 +194,6 @@ class ContinuousBatch:
       self._plan.abandon()
       self._samples.is_live[:] = False
       self._who.clear()
-      self._is_running = False
 
   def _seat(self, requests: Sequence[Request]) -> None:
     """Seats those who wait, and reads what they need."""
@@ -365,7 +364,9 @@ class ContinuousBatch:
         logprobs=new(written.logprobs), entropy=new(written.entropy),
         entropy_t1=new(written.entropy_t1),
         expert_ids=new(written.expert_ids),
-        prompt_expert_ids=self._expert_ids.get(self._plan.seated[slot][0]))
+        prompt_expert_ids=(
+            None if first else
+            self._expert_ids.get(self._plan.seated[slot][0])))
     samples.num_read[slot] += num_new
     samples.token[slot] = piece.tokens[-1]
     if is_last:

@@ -40,7 +40,7 @@ class SamplerConfig:
     temperature: divides the logits; 0 is greedy.
     top_p: nucleus mass; 1 keeps every token.
     top_k: so many of the likeliest tokens are kept; 0 keeps every token.
-    min_response_len: tokens before a stop token may be drawn.
+    min_response_len: tokens a response has at least, stop token included.
     max_response_len: tokens a response may have, stop token included.
   """
 
@@ -62,10 +62,10 @@ class SamplerConfig:
     if self.max_response_len < 1:
       raise types.UserError(
           f'sampler.max_response_len={self.max_response_len} must be >= 1.')
-    if not 0 <= self.min_response_len < self.max_response_len:
+    if not 0 <= self.min_response_len <= self.max_response_len:
       raise types.UserError(
           f'sampler.min_response_len={self.min_response_len} must lie in [0, '
-          f'max_response_len={self.max_response_len}).')
+          f'max_response_len={self.max_response_len}].')
 
 
 # Prompt tokens that a shard reads in one call, if so many wait.

@@ -7,6 +7,7 @@ the time during which they do not change; within it a prompt, or the beginning
 of one, that comes back is not read again.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,10 +44,10 @@ class EngineConfig:
     prompts_at_once: P, lanes: prompts whose keys and values are held.
     samples_per_prompt: seats of a lane: samples that may read it at a time.
     samples_at_once: M, slots: samples being written at a time; 0 means P times
-      `samples_per_prompt`. Fewer than a batch has keep all slots busy, since
-      the next sample takes the place of one that ends.
-    chunk_len: C, tokens of a prompt read at once; also what is reused, or
-      not, as a whole.
+      `samples_per_prompt`. The next sample takes the place of one that ends,
+      so slots are busy while samples are many times more than slots.
+    chunk_len: tokens of a prompt read at once at most; the longest prompt of a
+      bucket is cut into equal chunks, C, which are reused or not as a whole.
   """
 
   prompt_buckets: tuple[int, ...]
@@ -66,6 +67,12 @@ class EngineConfig:
       if getattr(self, name) < least:
         raise types.UserError(
             f'engine.{name}={getattr(self, name)} must be >= {least}.')
+
+    if self.num_slots > self.prompts_at_once * self.samples_per_prompt:
+      raise types.UserError(
+          f'engine.samples_at_once={self.samples_at_once} is more than '
+          f'prompts_at_once={self.prompts_at_once} prompts have samples '
+          f'({self.samples_per_prompt} each); lower it.')
 
   @property
   def num_slots(self) -> int:
@@ -222,6 +229,7 @@ class Session:
     # Of the bucket last used: caches are large.
     self._bucket = 0
     self._batch: continuous.ContinuousBatch | None = None
+    self._is_running = False
 
   def sample(
       self,
@@ -322,6 +330,21 @@ class Session:
       should_cut: Callable[[], bool] = lambda: False,
   ) -> Iterator[continuous.Piece]:
     """What is written, bucket by bucket."""
+    if self._is_running:
+      raise ValueError(
+          'an earlier iterator over what this session writes has not come to '
+          'its end; exhaust it or close it.')
+    self._is_running = True
+    try:
+      yield from self._run_buckets(
+          prompts, keys, out, max_steps=max_steps, max_lens=max_lens,
+          should_cut=should_cut)
+    finally:
+      self._is_running = False
+
+  def _run_buckets(
+      self, prompts, keys, out, *, max_steps, max_lens, should_cut
+  ) -> Iterator[continuous.Piece]:
     caps = np.full(out.lengths.shape, self._sampler.max_response_len)
     if max_lens is not None:
       caps = np.minimum(caps, max_lens)
@@ -337,14 +360,14 @@ class Session:
               begun=[row[:n].tolist() for row, n in zip(
                   out.tokens[i], out.lengths[i])])
           for i in members]
-      running = self._open(bucket).run(
-          requests, max_steps=min(max_steps, self._sampler.max_response_len))
-      for pieces in running:
-        for piece in pieces:
-          yield dataclasses.replace(piece, prompt=members[piece.prompt])
-        if should_cut():
-          running.close()
-          return
+      with contextlib.closing(self._open(bucket).run(
+          requests, max_steps=min(
+              max_steps, self._sampler.max_response_len))) as running:
+        for pieces in running:
+          for piece in pieces:
+            yield dataclasses.replace(piece, prompt=members[piece.prompt])
+          if should_cut():
+            return
 
   def _open(self, bucket: int) -> continuous.ContinuousBatch:
     """The caches of a bucket; those of another are given up."""

@@ -182,6 +182,11 @@ class Scheduler:
       if w.lane is not None:
         self.lanes[w.lane].prompt = None
 
+  def forget(self) -> None:
+    """Nothing that stands in a lane is to be reused."""
+    for lane in self.lanes:
+      lane.tokens = np.zeros(0, np.int32)
+
   def _take_seat(self, number: int) -> int | None:
     """A free slot for a sample that reads this lane."""
     lane = self.lanes[number]

@@ -226,7 +226,9 @@ class RlJob:
 
     def stream(place: int) -> int:
       step, index = divmod(place, self._stage.num_prompts)
-      return int(self._balance.batch(step)[index])
+      # A batch lists task by task; a part of it should have of all.
+      rng = np.random.default_rng((self._context.seed, step))
+      return int(rng.permutation(self._balance.batch(step))[index])
 
     return partial.draw(carried, stage_step, stream)
 
@@ -268,7 +270,8 @@ class RlJob:
     rewards = np.asarray([s.reward if s else 0.0 for s in scores], np.float32)
     if self._stage.shuffle_rewards:
       rng = np.random.default_rng((self._context.seed, stage_step))
-      rewards = rng.permutation(rewards)
+      is_trained = rollouts.lengths.reshape(-1) > 0
+      rewards[is_trained] = rng.permutation(rewards[is_trained])
     return Graded(prompts=chosen, rollouts=rollouts, texts=texts,
                   scores=scores, rewards=rewards, metrics=metrics,
                   carried=carried)

@@ -29,12 +29,13 @@ class RlStage:
       all P.
     samples_at_once: responses being written at a time; 0 means those of the
       prompts held. The next one takes the place of one that ends.
-    chunk_len: tokens of a prompt the sampler reads at once.
+    chunk_len: tokens of a prompt the sampler reads at once, at most.
     cut_tokens: response tokens after which a step stops sampling, as soon as
       some group is complete; the rest is carried over, see `partial`. 0 means
       never.
-    cut_seconds: the same by the clock of process 0. A run that is killed and
-      resumed may then cut elsewhere than one that was not.
+    cut_seconds: the same by the clock of process 0, compilation included. A
+      run that is killed and resumed may then cut elsewhere than one that was
+      not.
     max_prompt_len: cap on prompts in tokens (L_in).
     sampler: temperature, nucleus and the cap on responses (L_out).
     row_lens: the lengths T rows of the update may have, increasing. The

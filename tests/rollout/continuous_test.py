@@ -112,7 +112,9 @@ class Texts:
     prompt = self.prompts[piece.prompt]
     np.testing.assert_array_equal(
         piece.expert_ids[:, 0, 0], np.array([prompt[-1], *text])[new])
-    if len(prompt) > 1:
+    if piece.first:
+      assert piece.prompt_expert_ids is None
+    elif len(prompt) > 1:
       np.testing.assert_array_equal(
           piece.prompt_expert_ids[:len(prompt) - 1, 0, 0], prompt[:-1])
     self.num_done[at] = new.stop

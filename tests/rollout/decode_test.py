@@ -272,7 +272,7 @@ def test_responses_may_have_caps_of_their_own():
     ('top_p', 1.1, 'sampler.top_p=1.1'),
     ('max_response_len', 0, 'sampler.max_response_len=0'),
     ('top_k', -1, 'sampler.top_k=-1'),
-    ('min_response_len', 64, 'sampler.min_response_len=64'),
+    ('min_response_len', 65, 'sampler.min_response_len=65'),
 ])
 def test_impossible_samplers_are_refused(field, value, message):
   with pytest.raises(types.UserError, match=message):

@@ -122,7 +122,8 @@ def test_a_batch_that_does_not_divide_over_the_mesh_is_refused():
 
 def test_slots_that_do_not_divide_over_the_mesh_are_refused():
   config = engine.EngineConfig(
-      prompt_buckets=(8,), prompts_at_once=8, samples_at_once=12)
+      prompt_buckets=(8,), prompts_at_once=8, samples_per_prompt=2,
+      samples_at_once=12)
   with pytest.raises(
       types.UserError, match=r'sampler.samples_at_once=12 does not divide '
       r'over the 8 data shards.*use a multiple of 8'):
