@@ -13,7 +13,8 @@ where rows are many. Shorter ones are there for what is left over, and for
 groups of more than half a row. How many of those to take is tried out: for each
 choice groups go, longest first, into the row with the least room that holds
 them (best-fit decreasing), the longest rows being opened as they are needed.
-The choice that computes the fewest places is taken.
+The choice that computes the fewest places is taken, each micro-batch counted as
+a few more than it has.
 
 Every micro-batch has the same number of rows, rather than the same number of
 tokens: groups that are short as a whole stand side by side in long rows just as

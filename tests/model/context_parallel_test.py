@@ -105,10 +105,11 @@ def test_gathering_all_keys_takes_memory_for_them():
 
 
 def test_only_the_ring_passes_keys_on():
-  ring, gathered = (
+  ring, gathered, merged = (
       compiled(strategy, 1024, 8).as_text() for strategy in STRATEGIES)
   assert 'collective-permute' in ring and 'all-gather' not in ring
   assert 'collective-permute' not in gathered and 'all-gather' in gathered
+  assert 'collective-permute' not in merged and 'all-gather' in merged
 
 
 def test_the_choice_follows_the_size_of_keys_and_values():
