@@ -22,7 +22,7 @@ from longjax.data import records
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.model import huggingface
 from longjax.reward import hybrid
-from longjax.rollout import engine
+from longjax.rollout import continuous
 from longjax.synthesis import pipeline
 from longjax.train import checkpoint, manifest, step
 from tests import tiny_recipe
@@ -125,7 +125,7 @@ def install(attempt):
     trigger.within(name)
   trigger.before(tokenizer_lib, 'train', 'tokenizer')
   trigger.before(pipeline, 'draw', 'draw')
-  trigger.before(engine.Session, 'sample', 'sample')
+  trigger.before(continuous.ContinuousBatch, '_write', 'sample')
   trigger.before(hybrid, 'score', 'score')
   trigger.before(checkpoint.Checkpointer, 'save', 'save')
   trigger.after(checkpoint.Checkpointer, 'save', 'saving')
