@@ -38,7 +38,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
                min_tokens=2 * _K, max_tokens=19 * _K),))),
       rl=dict(
           job='rl', steps=105, num_prompts=128, num_samples=8,
-          prompts_at_once=16, max_prompt_len=20 * _K,
+          prompts_at_once=16, samples_at_once=64, max_prompt_len=20 * _K,
           row_lens=(64 * _K, 120 * _K, 240 * _K),
           sampler=dict(
               temperature=0.7, top_p=0.95, max_response_len=12 * _K),

@@ -41,7 +41,7 @@ def _rl(name):
   prompt_len, response_len, row_lens, steps = _STAGES[name]
   return dict(
       job='rl', split=name, steps=steps, num_prompts=128, num_samples=8,
-      prompts_at_once=32, max_prompt_len=prompt_len,
+      prompts_at_once=32, samples_at_once=128, max_prompt_len=prompt_len,
       row_lens=tuple(row_len * _K for row_len in row_lens),
       sampler=dict(
           temperature=0.7, top_p=0.95, max_response_len=response_len),

@@ -115,16 +115,10 @@ def _cases(
     of_case = programs.with_depth(setting, case)
     if policy is None or num_layers != of_case.model.num_layers:
       policy = None  # Before the next one takes its memory.
-      policy = programs.new_policy(of_case)
+      policy = programs.Policy(of_case)
       num_layers = of_case.model.num_layers
-    try:
-      yield _of_program(name, case, of_case, policy)
-    except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
-        raise
-      policy = None  # The update that failed had taken it.
-      yield [record.Record(case=name, program=case.program, variant=variant)
-             for variant in case.variants]
+    yield _of_program(name, case, of_case, policy)
+    gc.collect()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -134,35 +128,53 @@ class _Variant:
   prepared: programs.Prepared
   compile_seconds: float
   readings: list[measure.Reading]
-  peak_bytes: int
 
 
 def _of_program(
     name: str, case: suite.Case, setting: programs.Setting,
     policy: programs.Policy,
 ) -> list[record.Record]:
-  """Prepares all variants, then runs them in turn."""
-  device = setting.rules.mesh.local_devices[0]
+  """All variants in turn; one after the other if memory has no room for it."""
+  found = _in_turn(name, case, case.variants, setting, policy)
+  if found is not None:
+    return found
+  if len(case.variants) > 1:
+    logging.info('%s: not all variants fit into memory side by side.', name)
+  return [
+      one for variant in case.variants
+      for one in (
+          _in_turn(name, case, (variant,), setting, policy)
+          or [record.Record(case=name, program=case.program, variant=variant)])]
+
+
+def _in_turn(
+    name: str, case: suite.Case, names: Sequence[suite.Variant],
+    setting: programs.Setting, policy: programs.Policy,
+) -> list[record.Record] | None:
+  """Prepares variants, then runs them in turn; None if they do not fit."""
   variants: dict[suite.Variant, _Variant] = {}
-  for variant in case.variants:
-    with measure.CompileClock() as clock:
-      prepared = programs.prepare(case, variant, setting, policy)
-      prepared.warm_up()
-    # Before the other variant takes memory of its own.
-    measure.reset_peak_memory()
-    reading = prepared.run()
-    variants[variant] = _Variant(
-        prepared=prepared, compile_seconds=clock.seconds, readings=[reading],
-        peak_bytes=measure.peak_memory(device))
-  for _ in range(case.repeats - 1):
-    for made in variants.values():
-      made.readings.append(made.prepared.run())
-  found = [
-      _record(name, case, setting, variant, made)
-      for variant, made in variants.items()]
+  try:
+    for variant in names:
+      with measure.CompileClock() as clock:
+        prepared = programs.prepare(case, variant, setting, policy)
+        prepared.warm_up()
+      variants[variant] = _Variant(
+          prepared=prepared, compile_seconds=clock.seconds, readings=[])
+    for _ in range(case.repeats):
+      for made in variants.values():
+        made.readings.append(made.prepared.run())
+    return [
+        _record(name, case, setting, variant, made)
+        for variant, made in variants.items()]
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+  # Out here nothing holds on to what the error came from. The update that
+  # failed had taken the policy.
   variants.clear()
   gc.collect()
-  return found
+  policy.renew()
+  return None
 
 
 def _record(
@@ -187,8 +199,8 @@ def _record(
       num_tokens=workload.num_tokens(case.program, shared),
       needed_flops=needed(shared), own_flops=needed(own),
       needed_bytes=num_bytes(shared), own_bytes=num_bytes(own),
-      num_devices=setting.rules.mesh.size, peak_bytes=made.peak_bytes,
-      program_bytes=made.prepared.program_bytes(), facts=made.prepared.facts)
+      num_devices=setting.rules.mesh.size,
+      peak_bytes=made.prepared.peak_bytes(), facts=made.prepared.facts)
 
 
 def _of_kernel(

@@ -1,14 +1,7 @@
-"""Clocks and gauges: seconds, CPU seconds, compile seconds, peak memory."""
+"""Clocks: seconds, CPU seconds, compile seconds."""
 
-import contextlib
-import ctypes
 import dataclasses
-import gc
-import pathlib
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,10 +14,6 @@ _STAGES_OF_COMPILING = (
     '/jax/core/compile/jaxpr_to_mlir_module_duration',
     '/jax/core/compile/backend_compile_duration',
 )
-
-_STATUS = pathlib.Path('/proc/self/status')
-_CLEAR = pathlib.Path('/proc/self/clear_refs')
-_CLEAR_PEAK = '5'  # See `man 5 proc`.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,33 +66,3 @@ class CompileClock:
   ) -> None:
     if event in _STAGES_OF_COMPILING:
       self.seconds += duration_secs
-
-
-def reset_peak_memory() -> None:
-  """Begins a new peak of the process, where the system can; see below.
-
-  Memory that is free, such as the compiler's, is first given back.
-  """
-  gc.collect()
-  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc has it.
-  if trim:
-    trim(0)
-  with contextlib.suppress(OSError):  # Not Linux, or a container forbids it.
-    _CLEAR.write_text(_CLEAR_PEAK)
-
-
-def peak_memory(device: jax.Device) -> int:
-  """Bytes: of an accelerator the most ever held, of a CPU the most resident.
-
-  On Linux the resident peak is that since `reset_peak_memory`. Elsewhere, and
-  on accelerators, it is that since the process began.
-  """
-  stats = device.memory_stats() if device.platform != 'cpu' else None
-  if stats:
-    return stats['peak_bytes_in_use']
-  if _STATUS.exists():
-    found = re.search(r'VmHWM:\s+(\d+) kB', _STATUS.read_text())
-    if found:
-      return int(found[1]) * 1024
-  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return most if sys.platform == 'darwin' else most * 1024

@@ -23,9 +23,10 @@ from longjax.model import architecture, parameters
 from longjax.model import compute as compute_lib
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
+from longjax.planner import memory
 from longjax.rl import batch
 from longjax.rl import loss as loss_lib
-from longjax.rollout import decode, engine
+from longjax.rollout import decode, engine, shapes
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_job
 from longjax.train import state as state_lib
@@ -46,7 +47,6 @@ class Setting:
   seed: int
 
 
-@dataclasses.dataclass(kw_only=True)
 class Policy:
   """Parameters and moments, which an update takes and gives back.
 
@@ -55,7 +55,23 @@ class Policy:
       applied, so that every run does the same work and gives the same loss.
   """
 
-  state: state_lib.TrainState
+  def __init__(self, setting: Setting):
+    self._setting = setting
+    self.state = self._random()
+
+  def renew(self) -> None:
+    """Begins again; the old state is given up first."""
+    del self.state
+    self.state = self._random()
+
+  def _random(self) -> state_lib.TrainState:
+    """Parameters made where they will lie."""
+    model, rules = self._setting.model, self._setting.rules
+    params = jax.jit(
+        functools.partial(parameters.init, model),
+        out_shardings=state_lib.param_shardings(model, rules))(
+            jax.random.key(self._setting.seed))
+    return state_lib.create(params, model, optimizer(), rules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,14 +81,16 @@ class Prepared:
   Attributes:
     warm_up: compiles all that `run` needs.
     run: does the work once and times it.
-    program_bytes: arguments, results and temporaries of one device in the
-      largest program, as the compiler lays them out; None if it is not known.
+    peak_bytes: of one device at the worst moment, as the compiler lays out
+      arguments, results and temporaries of the programs, with the state that
+      an update keeps beside them. It is exact where a device's own count would
+      hold what ran before.
     facts: what is known before, scalars by name.
   """
 
   warm_up: Callable[[], Any]
   run: Callable[[], measure.Reading]
-  program_bytes: Callable[[], int | None] = lambda: None
+  peak_bytes: Callable[[], int]
   facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -80,16 +98,6 @@ def optimizer() -> optax.GradientTransformation:
   """AdamW; its numbers change neither shapes nor speed."""
   return optimizer_lib.make(
       optimizer_lib.OptimizerConfig(learning_rate=1e-6), num_steps=1)
-
-
-def new_policy(setting: Setting) -> Policy:
-  """Random parameters, made where they will lie."""
-  where = state_lib.param_shardings(setting.model, setting.rules)
-  params = jax.jit(
-      functools.partial(parameters.init, setting.model), out_shardings=where)(
-          jax.random.key(setting.seed))
-  return Policy(state=state_lib.create(
-      params, setting.model, optimizer(), setting.rules))
 
 
 def with_depth(setting: Setting, case: suite.Case) -> Setting:
@@ -209,16 +217,19 @@ def _update(
     return dataclasses.replace(
         reading, values={'loss': float(metrics['loss'])})
 
-  def program_bytes() -> int:
+  def peak_bytes() -> int:
     part = step_lib.put_rows(packed.micro_batches[0], setting.rules)
     given = multihost.put(extras, setting.rules.sharding())
     params = policy.state.params
     total = update.start(params, part, given)
-    return _program_bytes(update.accumulate, params, total, part, given)
+    moments = memory.of_tree(policy.state.opt_state)
+    return max(
+        _peak_bytes(update.accumulate, params, total, part, given) + moments,
+        _peak_bytes(update.apply, policy.state, total, False))
 
   return Prepared(
       warm_up=lambda: take(packed.micro_batches[:1]), run=run,
-      program_bytes=program_bytes, facts=_padding(packed, work))
+      peak_bytes=peak_bytes, facts=_padding(packed, work))
 
 
 def _score(
@@ -238,13 +249,13 @@ def _score(
         lambda: [scored(part) for part in packed.micro_batches])
     return reading
 
-  def program_bytes() -> int:
+  def peak_bytes() -> int:
     part = step_lib.put_rows(packed.micro_batches[0], setting.rules)
-    return _program_bytes(score, policy.state.params, part)
+    return _peak_bytes(score, policy.state.params, part)
 
   return Prepared(
       warm_up=lambda: jax.block_until_ready(scored(packed.micro_batches[0])),
-      run=run, program_bytes=program_bytes,
+      run=run, peak_bytes=peak_bytes,
       facts=_padding(packed, work))
 
 
@@ -254,11 +265,11 @@ def _make_score(setting: Setting) -> Callable[..., Any]:
       compute=setting.compute)
 
 
-def _program_bytes(jitted: Any, *args: Any) -> int:
+def _peak_bytes(jitted: Any, *args: Any) -> int:
   """See `Prepared`; what is compiled already is not compiled again."""
-  memory = jitted.lower(*args).compile().memory_analysis()
-  return (memory.argument_size_in_bytes + memory.temp_size_in_bytes
-          + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+  facts = jitted.lower(*args).compile().memory_analysis()
+  return (facts.argument_size_in_bytes + facts.temp_size_in_bytes
+          + facts.output_size_in_bytes - facts.alias_size_in_bytes)
 
 
 def _engine_config(work: workload.Workload) -> engine.EngineConfig:
@@ -268,15 +279,38 @@ def _engine_config(work: workload.Workload) -> engine.EngineConfig:
       samples_per_prompt=work.lengths.shape[1])
 
 
+def _engine_facts(
+    work: workload.Workload, setting: Setting
+) -> dict[str, Any]:
+  """All prompts are held and all samples written at a time."""
+  return dict(
+      engine=_engine_config(work), stop_ids=(), compute=setting.compute,
+      sampler=decode.SamplerConfig(max_response_len=int(work.lengths.max())))
+
+
 def _engine(
     work: workload.Workload, setting: Setting
 ) -> engine.Engine:
-  """One that holds all prompts and writes all samples at a time."""
   return engine.Engine(
-      model=setting.model, sampler=decode.SamplerConfig(
-          max_response_len=int(work.lengths.max())),
-      engine=_engine_config(work), stop_ids=(), rules=setting.rules,
-      compute=setting.compute)
+      model=setting.model, rules=setting.rules, **_engine_facts(work, setting))
+
+
+def _sampler_bytes(work: workload.Workload, setting: Setting) -> int:
+  """Of the sampler while it reads prompts or writes, whichever takes more."""
+  facts = _engine_facts(work, setting)
+  config = facts['engine']
+  programs = engine.programs(
+      bucket=config.prompt_buckets[0], config=setting.model,
+      rules=rules_lib.for_sampler(setting.rules, config.prompts_at_once),
+      **facts)
+  _, slots = shapes.caches(programs, config)
+
+  def peak(program: shapes.Program) -> int:
+    jitted, arguments = program
+    return _peak_bytes(jitted, *arguments)
+
+  return max(peak(shapes.fill(programs, config)) + memory.of_tree(slots),
+             peak(shapes.write(programs, config)))
 
 
 def _sample(
@@ -301,7 +335,9 @@ def _prefill(
   def sample() -> Any:
     return _sample(made.session(policy.state.params), work, setting, ones)
 
-  return Prepared(warm_up=sample, run=lambda: measure.timed(sample)[0])
+  return Prepared(
+      warm_up=sample, run=lambda: measure.timed(sample)[0],
+      peak_bytes=lambda: _sampler_bytes(work, setting))
 
 
 def _decode(
@@ -319,7 +355,9 @@ def _decode(
   def sample() -> Any:
     return _sample(session, work, setting, work.lengths)
 
-  return Prepared(warm_up=sample, run=lambda: measure.timed(sample)[0])
+  return Prepared(
+      warm_up=sample, run=lambda: measure.timed(sample)[0],
+      peak_bytes=lambda: _sampler_bytes(work, setting))
 
 
 def _gap(
@@ -351,7 +389,8 @@ def _gap(
     reading, values = measure.timed(gap)
     return dataclasses.replace(reading, values=values)
 
-  return Prepared(warm_up=gap, run=run)
+  return Prepared(
+      warm_up=gap, run=run, peak_bytes=lambda: _sampler_bytes(work, setting))
 
 
 _PREPARE: dict[suite.Program, Callable[..., Prepared]] = {

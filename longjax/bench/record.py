@@ -23,8 +23,7 @@ class Record:
     needed_bytes: that must be read from memory; 0 if that is not the limit.
     own_bytes: the same for the variant's own prompts.
     num_devices: that worked.
-    peak_bytes: see `measure.peak_memory`.
-    program_bytes: see `programs.Prepared`.
+    peak_bytes: see `programs.Prepared`; 0 if not known.
     facts: other scalars by name: padding, loss, errors.
   """
 
@@ -40,7 +39,6 @@ class Record:
   own_bytes: float = 0.0
   num_devices: int = 1
   peak_bytes: int = 0
-  program_bytes: int | None = None
   facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
@@ -58,8 +56,7 @@ class Record:
     made = {
         'case': self.case, 'program': self.program, 'variant': self.variant,
         'compile_seconds': self.compile_seconds,
-        'peak_bytes': self.peak_bytes or None,
-        'program_bytes': self.program_bytes, **self.facts}
+        'peak_bytes': self.peak_bytes or None, **self.facts}
     if not self.is_timed:
       return made
     time = self.time

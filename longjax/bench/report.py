@@ -63,7 +63,7 @@ def _speeds(report: Report, box: rich.box.Box) -> rich.table.Table:
   table.add_column('case', no_wrap=True)
   table.add_column('variant', no_wrap=True)
   for name in ('tokens/s', 'seconds', 'CPU s', 'TFLOP/s', share,
-               '% of bandwidth', 'peak GiB', 'program GiB', '% padding',
+               '% of bandwidth', 'peak GiB', '% padding',
                '% repeated', 'compiled in'):
     table.add_column(name, justify='right')
   for one in report.records:
@@ -75,7 +75,7 @@ def _speeds(report: Report, box: rich.box.Box) -> rich.table.Table:
         _number(made['seconds']), _number(made['cpu_seconds']),
         _number(made['tflops']), _percent(made['share_of_peak']),
         _percent(made['share_of_bandwidth']), _gib(made['peak_bytes']),
-        _gib(made['program_bytes']), _percent(made.get('padding')),
+        _percent(made.get('padding')),
         _percent(made.get('repeated')), f'{made["compile_seconds"]:.1f} s')
   return table
 

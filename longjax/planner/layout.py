@@ -14,7 +14,7 @@ from longjax.rollout import decode, engine
 from longjax.train import rl_stage, sft_job
 
 Stage = rl_stage.RlStage | sft_job.SupervisedConfig
-Name = Literal['prefill', 'decode', 'score', 'update']
+Name = Literal['prefill', 'resume', 'decode', 'score', 'update']
 
 
 # Tokens of a group in a row: of its prefix, of each of its branches there.

@@ -4,7 +4,11 @@ By what the programs are made of: weights, caches, activations. What the
 compiler adds is not seen.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
@@ -116,3 +120,10 @@ def of_token(stage, model, rules, compute) -> float:
   head = model.embed_dim * model.vocab_size / rules.size('vocab')
   return sum(_caches(stage, model, rules, width)) + width * (
       model.num_layers * (attention + ffn) + head)
+
+
+def of_tree(tree: Any) -> int:
+  """Bytes one device holds of arrays, or of shapes, with shardings."""
+  return sum(
+      int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+      * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

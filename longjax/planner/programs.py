@@ -1,8 +1,8 @@
 """The programs of a stage, lowered from shapes alone and compiled for a slice.
 
 They are the ones that training runs: `step.make_update`, `step.make_score` and
-the sampler's `decode.Programs.fill` (prefill) and `write` (decode). Arguments
-are shapes with shardings; there is no array and no device.
+those of the sampler (`rollout.shapes`): `fill` (prefill), `resume` and `write`
+(decode). Arguments are shapes with shardings; there is no array and no device.
 
 P prompts, G samples per prompt, S prompt tokens, R response tokens, B rows, T
 tokens of a row, N = P * G responses.
@@ -19,16 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from longjax import rows, types
-from longjax.model import architecture, cache, incremental, parameters
+from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import rules as rules_lib
 from longjax.planner import layout
-from longjax.rollout import decode as decode_lib
-from longjax.rollout import engine as engine_lib
+from longjax.planner import memory as memory_lib
+from longjax.rollout import shapes as sampler_shapes
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import rl_job, rl_stage, sft_job
 from longjax.train import state as state_lib
@@ -75,10 +74,6 @@ class Facts:
     return self.arguments + self.temporaries + self.beside
 
 
-# A jitted function and the shapes of its arguments.
-Program = tuple[Any, tuple[Any, ...]]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
   """What the programs of a stage are compiled for."""
@@ -113,49 +108,12 @@ class Shapes:
     return made
 
 
-  @property
-  def engine(self) -> engine_lib.EngineConfig:
-    """Lanes and slots."""
-    assert isinstance(self.stage, rl_stage.RlStage)
-    return self.stage.engine
-
-  @property
-  def sampler(self) -> decode_lib.Programs:
-    """The sampler's programs."""
-    assert isinstance(self.stage, rl_stage.RlStage)
-    return layout.sampler(self.stage, self.model, self.rules, self.compute)
-
-  def sampler_params(self) -> types.Params:
-    """Weights as the sampler keeps them."""
-    sampler = self.sampler
-    made = jax.eval_shape(sampler.prepare, parameters.abstract(self.model))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding),
-        made, sampler.rules.decode.tree_shardings(
-            parameters.axes(self.model), made))
-
-  def caches(self) -> tuple[cache.Cache, cache.Cache]:
-    """Lanes and slots."""
-    sampler, rules = self.sampler, self.sampler.rules.decode
-    shapes = jax.eval_shape(lambda: sampler.allocate(
-        self.engine.prompts_at_once, self.engine.num_slots))
-
-    def placed(tree, names):
-      return jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(
-              x.shape, x.dtype,
-              sharding=rules.sharding(*rules.fit(x.shape, *names))), tree)
-
-    return placed(shapes[0], cache.LANES), placed(shapes[1], cache.SLOTS)
-
-
 def optimizer(stage: layout.Stage) -> optax.GradientTransformation:
   """Of a stage; its schedule changes neither shapes nor speed."""
   return optimizer_lib.make(stage.optimizer, num_steps=stage.steps)
 
 
-def update(shapes: Shapes) -> Program:
+def update(shapes: Shapes) -> sampler_shapes.Program:
   """The gradient of a micro-batch, added to what others gave.
 
   It holds what the step has to hold at once but the moments; what comes after
@@ -192,7 +150,7 @@ def update(shapes: Shapes) -> Program:
   return programs.accumulate, (params, total, made, extras)
 
 
-def score(shapes: Shapes) -> Program:
+def score(shapes: Shapes) -> sampler_shapes.Program:
   """Log-probabilities and entropies of a micro-batch."""
   stage = shapes.stage
   assert isinstance(stage, rl_stage.RlStage)
@@ -202,47 +160,31 @@ def score(shapes: Shapes) -> Program:
   return jitted, (_params(shapes), shapes.rows())
 
 
-def prefill(shapes: Shapes) -> Program:
+def _of_sampler(shapes: Shapes, make: Callable[..., Any]) -> Any:
+  stage = shapes.stage
+  assert isinstance(stage, rl_stage.RlStage)
+  return make(layout.sampler(
+      stage, shapes.model, shapes.rules, shapes.compute), stage.engine)
+
+
+def prefill(shapes: Shapes) -> sampler_shapes.Program:
   """A chunk of as many prompts as are read at once."""
-  sampler = shapes.sampler
-  num_chunks = sampler.chunks_at_once(shapes.engine.prompts_at_once)
-
-  def each(dtype, *shape):
-    return shapes.array((num_chunks, *shape), dtype)
-
-  number = each(jnp.int32)
-  job = decode_lib.Fill(
-      tokens=each(jnp.int32, sampler.chunk_len), lane=number, start=number,
-      length=number, is_used=each(jnp.bool_))
-  lanes, _ = shapes.caches()
-  return jax.jit(sampler.fill, donate_argnums=1), (
-      shapes.sampler_params(), lanes, job)
+  return _of_sampler(shapes, sampler_shapes.fill)
 
 
-def decode(shapes: Shapes) -> Program:
+def resume(shapes: Shapes) -> sampler_shapes.Program:
+  """What samples of an earlier step had written, one of each shard."""
+  return _of_sampler(shapes, sampler_shapes.resume)
+
+
+def decode(shapes: Shapes) -> sampler_shapes.Program:
   """Many tokens of every sample that is written at once."""
-  sampler, config = shapes.sampler, shapes.engine
-  lanes, slots = shapes.caches()
-
-  def each(dtype, *shape):
-    return shapes.array((config.num_slots, *shape), dtype)
-
-  key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-  number, count = each(jnp.int32), shapes.array((), jnp.int32)
-  samples = decode_lib.Samples(
-      token=number, num_read=number, max_len=number, is_live=each(jnp.bool_),
-      key=each(key.dtype, *key.shape), number=number,
-      seats=incremental.Seats(
-          slot=shapes.array(
-              (config.prompts_at_once, config.samples_per_prompt), jnp.int32),
-          seat=number),
-      lane_length=shapes.array((config.prompts_at_once,), jnp.int32))
-  return jax.jit(sampler.write, donate_argnums=2), (
-      shapes.sampler_params(), lanes, slots, count, samples, count, count)
+  return _of_sampler(shapes, sampler_shapes.write)
 
 
-PROGRAMS: dict[str, Callable[[Shapes], Program]] = {
+PROGRAMS: dict[layout.Name, Callable[[Shapes], sampler_shapes.Program]] = {
     'prefill': prefill,
+    'resume': resume,
     'decode': decode,
     'score': score,
     'update': update,
@@ -253,21 +195,17 @@ def names(stage: layout.Stage) -> tuple[layout.Name, ...]:
   """The programs of a stage, in the order a step runs them."""
   if not isinstance(stage, rl_stage.RlStage):
     return ('update',)
+  names = list(PROGRAMS)
+  if not stage.is_cut:
+    names.remove('resume')
   if not stage.is_scored:
-    return ('prefill', 'decode', 'update')
-  return ('prefill', 'decode', 'score', 'update')
+    names.remove('score')
+  return tuple(names)
 
 
 def _params(shapes: Shapes) -> types.Params:
   return state_lib.abstract(
       shapes.model, optimizer(shapes.stage), shapes.rules).params
-
-
-def bytes_on_device(tree: Any) -> int:
-  """Of arrays with shardings, what one device holds."""
-  return sum(
-      int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
-      * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def compile_facts(
@@ -289,12 +227,13 @@ def compile_facts(
       shapes.model, optimizer(shapes.stage), shapes.rules)
   # Gradients and scores are formed from parameters only, the sampler has
   # copies of them.
-  if name in ('prefill', 'decode'):
-    beside = bytes_on_device(state)
+  if name in ('update', 'score'):
+    beside = memory_lib.of_tree(state.opt_state)
   else:
-    beside = bytes_on_device(state.opt_state)
+    beside = memory_lib.of_tree(state)
   if name == 'prefill':
-    beside += bytes_on_device(shapes.caches()[1])
+    _, slots = _of_sampler(shapes, sampler_shapes.caches)
+    beside += memory_lib.of_tree(slots)
   with shapes.compute.matmul_precision():
     jitted, arguments = PROGRAMS[name](shapes)
     lowered = jitted.lower(*arguments)
@@ -303,7 +242,7 @@ def compile_facts(
       memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
       return Facts(
-          arguments=bytes_on_device(arguments), beside=beside,
+          arguments=memory_lib.of_tree(arguments), beside=beside,
           temporaries=_wanted(str(error)), error=_first_line(str(error)),
           seconds=time.perf_counter() - start,
           cpu_seconds=time.process_time() - cpu_start)

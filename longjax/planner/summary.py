@@ -16,21 +16,20 @@ from absl import app, flags
 
 from longjax import types
 from longjax.parallel import mesh as mesh_lib
-from longjax.planner import plan
+from longjax.planner import plan, programs
 
 _OUTPUT = flags.DEFINE_string(
     'output', None, 'File that holds the marks; default: standard output.')
 
 _GIB = 1024**3
 BEGIN, END = '<!-- plans -->', '<!-- end of plans -->'
-_PROGRAMS = ('prefill', 'decode', 'score', 'update')
 
 
 def table(plans: Sequence[Mapping[str, Any]]) -> str:
   """A row for each stage; memory is compiled, the rest estimated."""
   head = (
       'run', 'stage', 'slice', 'mesh',
-      *(f'{name}, GiB' for name in _PROGRAMS), 'of', 'verdict',
+      *(f'{name}, GiB' for name in programs.PROGRAMS), 'of', 'verdict',
       'compiled in, CPU s', 'update at best, s', 'bound by', 'MFU at best',
       'step at best, s', 'longest that fits', 'smallest slice')
   lines = [head, ['---'] * len(head)]
@@ -40,23 +39,23 @@ def table(plans: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row(config_file: str, stage: Mapping[str, Any]) -> list[str]:
-  programs = stage['programs']
-  update = programs['update']['roofline']
+  compiled = stage['programs']
+  update = compiled['update']['roofline']
 
   def mesh(sizes):
     return plan.mesh_text(mesh_lib.MeshConfig(**sizes))
 
   def gib(name):
-    if name not in programs:
+    if name not in compiled:
       return '-'
-    return f'{programs[name]["facts"]["needed"] / _GIB:.1f}'
+    return f'{compiled[name]["facts"]["needed"] / _GIB:.1f}'
 
   longest, smallest = stage['longest'], stage['smallest']
   return [
       config_file, stage['label'], stage['topology'], mesh(stage['mesh']),
-      *map(gib, _PROGRAMS), f'{stage["hbm_bytes"] / _GIB:.1f}',
+      *map(gib, programs.PROGRAMS), f'{stage["hbm_bytes"] / _GIB:.1f}',
       'fits' if stage['fits'] else 'does not fit',
-      f'{sum(p["facts"]["cpu_seconds"] for p in programs.values()):.0f}',
+      f'{sum(p["facts"]["cpu_seconds"] for p in compiled.values()):.0f}',
       f'{update["seconds"]:,.0f}', update['bound'], f'{update["mfu"]:.0%}',
       f'{stage["step_seconds"]:,.0f}',
       f'{longest["sequence_len"]:,} ({longest["stretch"]:.2f}x, '

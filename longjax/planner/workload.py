@@ -270,6 +270,50 @@ def prefill(
           block_len=chosen.block_len))
 
 
+def resume(
+    stage: rl_stage.RlStage,
+    model: architecture.ModelConfig,
+    rules: rules_lib.Rules,
+    compute: compute_lib.Compute,
+) -> Work:
+  """Half a response of one sample of each shard.
+
+  As if every slot were given to a sample of the step before.
+  """
+  sampler = layout.sampler(stage, model, rules, compute)
+  resume_rules, num_places = sampler.rules.prefill, sampler.num_places
+  num_samples = sampler.rules.decode.size('batch')
+  chosen = attention(
+      num_samples, num_places, model, resume_rules, compute, is_dealt=False)
+  half = num_places // 2
+  needed = flops.forward(
+      model, num_tokens=num_samples * half, num_scored=0,
+      num_pairs=num_samples * (
+          half * stage.max_prompt_len + flops.visible_pairs(half, ())))
+  own, imbalance = _pairs_of_row(
+      ((half, ()),), num_places, chosen.block_len, 1)
+  num_tokens = num_samples * num_places
+  pairs = num_samples * (own + half * sampler.lane_len)
+  return Work(
+      what=f'half a response of {num_samples} samples',
+      num_runs=stage.engine.num_slots / num_samples, needed=needed,
+      executed=flops.forward(
+          model, num_tokens=num_tokens, num_scored=0, num_pairs=pairs),
+      imbalance=imbalance, attention=chosen,
+      transfers=[
+          *traffic.of_rows(
+              model, resume_rules, num_rows=num_samples, row_len=num_places,
+              ring=chosen.is_ring, dtype=compute.dtype,
+              passes=traffic.Passes(), with_head=False),
+          *traffic.of_queries(
+              model, resume_rules, num_tokens=num_tokens,
+              dtype=compute.dtype)],
+      memory_bytes=memory.of_rows(
+          model, resume_rules, compute, traffic.Passes(),
+          num_tokens=num_tokens, num_pairs=pairs,
+          block_len=chosen.block_len))
+
+
 def decode(
     stage: rl_stage.RlStage,
     model: architecture.ModelConfig,
@@ -305,6 +349,7 @@ def decode(
 
 WORK: dict[str, Callable[..., Work]] = {
     'prefill': prefill,
+    'resume': resume,
     'decode': decode,
     'score': score,
     'update': update,

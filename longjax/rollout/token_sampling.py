@@ -75,10 +75,20 @@ def sample(
     draw = jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,)))
     noise = draw(keys.reshape(-1)).reshape(logits.shape)
     eligible = eligible + noise
-  token = jnp.argmax(eligible, axis=-1).astype(jnp.int32)
+  token = _argmax(eligible)
   logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)[..., 0]
   return Sampled(
       token=token, logprob=logprob, entropy=entropy, entropy_t1=entropy_t1)
+
+
+def _argmax(
+    x: jax.Array,  # f32[..., V]
+) -> jax.Array:  # i32[...]
+  """`jnp.argmax`, which CPUs compute one number at a time, in two sweeps."""
+  top = jnp.max(x, axis=-1, keepdims=True)
+  ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
+  return jnp.min(
+      jnp.where(x == top, ids, x.shape[-1] - 1), axis=-1).astype(jnp.int32)
 
 
 def _entropy(

@@ -5,7 +5,15 @@ import dataclasses
 import numpy as np
 
 from longjax.model import compute
-from longjax.planner import estimate, flops, layout, topologies, workload
+from longjax.planner import (
+    estimate,
+    flops,
+    layout,
+    programs,
+    topologies,
+    workload,
+)
+from longjax.rl import loss
 from longjax.rollout import decode
 from longjax.train import optimizer, sft_job
 from tests import tiny_model
@@ -121,3 +129,18 @@ def test_the_slowest_part_sets_the_time():
   assert executed <= line.seconds <= work.imbalance * executed
   np.testing.assert_allclose(
       line.mfu, work.needed.total / (8 * chip.flops * line.seconds))
+
+
+def test_steps_that_are_cut_read_begun_responses_again():
+  cut = dataclasses.replace(
+      STAGE, cut_tokens=10, loss=loss.LossConfig(tis_cap=2.0))
+  assert programs.names(cut) == (
+      'prefill', 'resume', 'decode', 'score', 'update')
+  assert 'resume' not in programs.names(STAGE)
+  work = workload.resume(
+      cut, tiny_model.MODEL, tiny_model.rules(fsdp=2, tensor=4), BLOCKS)
+  # Ten lanes on two shards: a sample of each, half of eight tokens behind 17.
+  assert work.num_runs == 30 / 2
+  np.testing.assert_allclose(work.needed.layers, flops.forward(
+      tiny_model.MODEL, num_tokens=8, num_scored=0, num_pairs=0).layers)
+  assert work.executed.layers == 2 * work.needed.layers
