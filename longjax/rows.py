@@ -53,10 +53,12 @@ class Rows:
     targets: i32, the id each token should predict; 0 where not trained.
     meta: group, branch and position.
     loss_mask: bool, True where `targets` counts.
-    trajectory: i32, which response a trained token belongs to, indexing
-      per-response arrays such as advantages f32[N]; 0 where not trained.
-    response_index: i32, index of the target inside its response, indexing
-      per-token arrays f32[N, R]; 0 where not trained.
+    trajectory: i32, which response a trained token belongs to (or which of
+      several turns' responses, that have one reward), indexing per-response
+      arrays such as advantages f32[N]; 0 where not trained.
+    response_index: i32, index of the target inside its response, or inside all
+      responses of its trajectory put together, indexing per-token arrays
+      f32[N, R]; 0 where not trained.
     expert_ids: [B, T, L, A], the experts the sampler sent each token to, for
       the trainer to send it there again; None lets it choose.
   """
@@ -99,6 +101,8 @@ class Branch:
     trajectory: row of the per-response arrays.
     extra_prompt: ids between the shared prefix and the response, read but not
       trained: questions about one document each have their own.
+    first_index: `response_index` of the first id; what was written before it,
+      of the same trajectory, stands in other branches.
     expert_ids: [., L, A] where the sampler sent the tokens the branch reads;
       None if it did not say.
   """
@@ -106,6 +110,7 @@ class Branch:
   response: Sequence[int] | np.ndarray
   trajectory: int
   extra_prompt: Sequence[int] = ()
+  first_index: int = 0
   expert_ids: np.ndarray | None = None
 
   def __post_init__(self):
@@ -113,6 +118,11 @@ class Branch:
     if not len(self.response):
       raise ValueError(
           f'the response of trajectory {self.trajectory} is empty.')
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens the branch takes in a row."""
+    return len(self.extra_prompt) + len(self.response)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,8 +142,7 @@ class Group:
   @property
   def num_tokens(self) -> int:
     """Tokens the group takes in a row."""
-    return len(self.prompt) - 1 + sum(
-        len(b.extra_prompt) + len(b.response) for b in self.branches)
+    return len(self.prompt) - 1 + sum(b.num_tokens for b in self.branches)
 
 
 def empty(num_rows: int, row_len: int) -> Rows:
@@ -260,5 +269,6 @@ def _write_group(
     rows.targets[row, first:end] = branch.response
     rows.loss_mask[row, first:end] = True
     rows.trajectory[row, first:end] = branch.trajectory
-    rows.response_index[row, first:end] = np.arange(len(branch.response))
+    rows.response_index[row, first:end] = branch.first_index + np.arange(
+        len(branch.response))
   return end

@@ -79,12 +79,11 @@ def rollouts(
 
 def packed(
     prompts: list[types.Prompt], rollouts: types.Rollouts, *, row_len: int,
-    num_rows: int, first_trajectory: int = 0,
+    num_rows: int,
 ) -> rows.Rows:
   """The one micro-batch they fit into."""
   made = batch.pack(
-      prompts, rollouts, row_lens=(row_len,), num_rows=num_rows,
-      first_trajectory=first_trajectory)
+      prompts, rollouts, row_lens=(row_len,), num_rows=num_rows)
   [part] = made.micro_batches
   return part
 

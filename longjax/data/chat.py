@@ -99,8 +99,13 @@ def document_tokens(
     document: types.Document, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[int]:
   """Ids one document adds to a prompt."""
+  return tokenizer.encode(document_text(document))
+
+
+def document_text(document: types.Document) -> str:
+  """A document as it stands in a prompt, title and line break included."""
   title = f'[{document.title}]\n' if document.title else ''
-  return tokenizer.encode(f'{title}{document.text}\n')
+  return f'{title}{document.text}\n'
 
 
 def reasoning_tokens(

@@ -69,10 +69,15 @@ def layout(stage: Stage, rules: rules_lib.Rules) -> Layout:
             row_len=stage.row_len, rows=((document,),) * num_rows),) * (
                 stage.num_rows // num_rows))
   # As `rows.write` does it: branches begin with the last prompt token.
+  num_groups, prefix = stage.num_prompts // stage.num_minibatches, (
+      stage.max_prompt_len - 1)
+  if stage.memory is not None:
+    # A group for each turn; its readers share the part, not what they noted.
+    num_groups *= stage.max_parts + 1
+    prefix = stage.memory.part_len
+  branch = stage.max_prompt_len - 1 + stage.sampler.max_response_len - prefix
   whole = placement.Lengths(
-      prefix=stage.max_prompt_len - 1,
-      branches=(stage.sampler.max_response_len,) * stage.num_samples)
-  num_groups = stage.num_prompts // stage.num_minibatches
+      prefix=prefix, branches=(branch,) * stage.num_samples)
   placed = placement.place(
       [whole] * num_groups, row_lens=stage.row_lens, num_rows=num_rows)
 

@@ -124,7 +124,7 @@ def update(shapes: Shapes) -> sampler_shapes.Program:
   if isinstance(stage, rl_stage.RlStage):
     num_responses = stage.num_prompts * stage.num_samples
     by_token = shapes.array(
-        (num_responses, stage.sampler.max_response_len), jnp.float32)
+        (num_responses, stage.trajectory_len), jnp.float32)
     extras = {
         'advantages': shapes.array((num_responses,), jnp.float32),
         'token_weights': by_token, 'sampler_logprobs': by_token}

@@ -66,30 +66,63 @@ def pack(
     *,
     row_lens: Sequence[int],
     num_rows: int,
-    first_trajectory: int = 0,
 ) -> Packed:
-  """Rows in which each prompt stands once, followed by its responses.
+  """Rows of prompts and their responses; see `groups` and `pack_groups`."""
+  return pack_groups(
+      [group for of_prompt in groups(prompts, rollouts)
+       for group in of_prompt], row_lens=row_lens, num_rows=num_rows)
+
+
+def groups(
+    prompts: Sequence[types.Prompt],
+    rollouts: types.Rollouts,  # NumPy, [P, G, R]
+) -> list[list[rows.Group]]:
+  """A group for each prompt, or none if all of its responses have length 0.
+
+  `trajectory` counts responses prompt by prompt; those of length 0 are left
+  out.
+  """
+  num_samples = rollouts.lengths.shape[1]
+
+  def branch(p: int, g: int) -> rows.Branch:
+    length = int(rollouts.lengths[p, g])
+    return rows.Branch(
+        response=np.asarray(rollouts.tokens[p, g, :length]),
+        trajectory=p * num_samples + g,
+        expert_ids=_first(rollouts.expert_ids, (p, g), length))
+
+  return [
+      [rows.Group(
+          prompt=prompt.tokens,
+          branches=[branch(p, g)
+                    for g in np.flatnonzero(rollouts.lengths[p]).tolist()],
+          expert_ids=_first(
+              rollouts.prompt_expert_ids, (p,), len(prompt.tokens) - 1))]
+      if rollouts.lengths[p].any() else []
+      for p, prompt in enumerate(prompts)]
+
+
+def pack_groups(
+    groups: Sequence[rows.Group],
+    *,
+    row_lens: Sequence[int],
+    num_rows: int,
+) -> Packed:
+  """Rows in which the prefix of each group stands once, if it can.
 
   Args:
-    prompts: P of them.
-    rollouts: their responses; those of length 0 are left out.
-    row_lens: the lengths rows may have, increasing. A prompt whose responses do
-      not fit into one of the longest rows stands in several, see `placement`.
+    groups: to place.
+    row_lens: the lengths rows may have, increasing. A group that does not fit
+      into one of the longest rows stands in several, see `placement`.
     num_rows: of a micro-batch.
-    first_trajectory: number of the first response, if these prompts are only
-      a part of the batch.
 
   Returns:
-    Micro-batches whose `trajectory` counts responses prompt by prompt; at least
-    one, of padding if there is no response.
+    Micro-batches; at least one, of padding if there is no group.
   """
-  groups = [
-      _group(prompts[p], rollouts, p, first_trajectory)
-      for p in range(len(prompts)) if rollouts.lengths[p].any()]
   lengths = [
       placement.Lengths(
           prefix=len(group.prompt) - 1,
-          branches=tuple(len(branch.response) for branch in group.branches))
+          branches=tuple(branch.num_tokens for branch in group.branches))
       for group in groups]
   micro_batches = placement.place(
       lengths, row_lens=row_lens, num_rows=num_rows)
@@ -109,25 +142,6 @@ def pack(
                      row_len=made.row_len)
           for made in micro_batches],
       num_needed=num_needed, num_repeated=num_placed - num_needed)
-
-
-def _group(
-    prompt: types.Prompt, rollouts: types.Rollouts, p: int,
-    first_trajectory: int,
-) -> rows.Group:
-  """Prompt number `p` with its responses."""
-  num_samples = rollouts.lengths.shape[1]
-  branches = []
-  for g in np.flatnonzero(rollouts.lengths[p]).tolist():
-    length = int(rollouts.lengths[p, g])
-    branches.append(rows.Branch(
-        response=np.asarray(rollouts.tokens[p, g, :length]),
-        trajectory=first_trajectory + p * num_samples + g,
-        expert_ids=_first(rollouts.expert_ids, (p, g), length)))
-  return rows.Group(
-      prompt=prompt.tokens, branches=branches,
-      expert_ids=_first(
-          rollouts.prompt_expert_ids, (p,), len(prompt.tokens) - 1))
 
 
 def _first(

@@ -1,6 +1,6 @@
 """Reinforcement learning: sample, grade, decide, update.
 
-  prompts   --rollout.engine-->  rollouts    G responses each, prefilled once
+  prompts   --sampling-->        rollouts    G responses each, prefilled once
   rollouts  --reward.hybrid-->   rewards     f32[N]
   rows      --score-->           old log-probabilities, entropies
   all       --rl.batch.plan-->   advantages, AEPO decision, token weights
@@ -12,7 +12,7 @@ tokens, B rows, T positions.
 
 import dataclasses
 import functools
-import time
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,30 +21,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from longjax import rows, types
-from longjax.data import dataset, prompts, task_balance
+from longjax.data import dataset, task_balance
 from longjax.parallel import multihost
 from longjax.rl import batch, entropy_control
 from longjax.rl import loss as loss_lib
-from longjax.rollout import engine
+from longjax.train import (
+  memory_sampling,
+  partial,
+  progress,
+  rl_stage,
+  run_state,
+  sampling,
+)
 from longjax.train import metrics as metrics_lib
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import partial, progress, rl_stage, run_state
 from longjax.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Graded:
-  """Rollouts and their grades, on the host."""
+  """Rollouts and their grades, on the host.
 
-  prompts: Sequence[types.Prompt]
-  # NumPy, [P, G, R]; groups carried over to the next step are empty.
-  rollouts: types.Rollouts
-  texts: list[str]  # N
-  scores: list[types.Score | None]  # N, None of what is carried over.
-  rewards: np.ndarray  # f32[N], what is trained on.
-  metrics: Mapping[str, float] = dataclasses.field(
-      default_factory=dict)  # Of the sampler.
-  carried: partial.Carried | None = None  # What is left to the next step.
+  Attributes:
+    sampled: the rollouts.
+    scores: N; None of what is carried over.
+    rewards: f32[N], what is trained on.
+  """
+
+  sampled: sampling.Sampled
+  scores: list[types.Score | None]
+  rewards: np.ndarray
 
 
 Score = Callable[..., types.Score]
@@ -116,18 +122,18 @@ class RlJob:
     self._name = name
     self._stage = stage
     self._score_response = score
-    self._examples = examples
     strata = [_stratum(example) for example in examples]  # Reads all once.
     self._strata = sorted(set(strata))
     task_of = [task for task, _ in strata]
     self._tasks = sorted(set(task_of))
-    self._balance = task_balance.TaskBalancedSampler(
-        task_of, batch_size=stage.num_prompts, seed=context.seed)
-    self.engine = engine.Engine(
-        model=context.model, sampler=stage.sampler,
-        engine=stage.engine,
-        stop_ids=context.tokenizer.stop_ids, rules=context.rules,
-        compute=context.compute, record_experts=stage.replay_experts)
+    sampler = (
+        sampling.OneTurn if stage.memory is None
+        else memory_sampling.MemoryTurns)
+    self._sample: sampling.Sampler = sampler(
+        context, stage, examples=examples, name=name,
+        balance=task_balance.TaskBalancedSampler(
+            task_of, batch_size=stage.num_prompts, seed=context.seed))
+    self.engine = self._sample.engine
 
     def stage_loss(params, packed, extras):
       return loss(params, packed, extras, stage=stage, context=context)
@@ -155,7 +161,7 @@ class RlJob:
     extras = {
         'advantages': plan.advantages,
         'token_weights': plan.token_weights,
-        'sampler_logprobs': _by_response(graded.rollouts.logprobs),
+        'sampler_logprobs': _by_response(graded.sampled.rollouts.logprobs),
     }
     if stage.loss.objective == 'off_policy':
       extras['old_logprobs'] = old_logprobs
@@ -176,9 +182,9 @@ class RlJob:
     values['skipped_in_a_row'] = functools.reduce(jnp.maximum, in_a_row)
     return run_state.StepResult(
         state=run_state.RunState(
-            train=train, aepo=plan.aepo, carried=graded.carried),
+            train=train, aepo=plan.aepo, carried=graded.sampled.carried),
         values=(plan.metrics | values | self._task_metrics(graded, entropy)
-                | dict(graded.metrics)
+                | dict(graded.sampled.metrics)
                 | {'aepo/skipped_steps': jnp.sum(~plan.is_applied)}
                 | batch.padding(packed)),
         num_tokens=stage.num_epochs * sum(p.num_needed for p in packed))
@@ -189,92 +195,22 @@ class RlJob:
       stage_step: int,
       carried: partial.Carried | None = None,
   ) -> Graded:
-    """Samples and grades the responses of a step.
-
-    Args:
-      params: the policy.
-      stage_step: the number of the step.
-      carried: what the step before left; None if none ever does.
-    """
-    stage, context = self._stage, self._context
-    drawn = self._draw(stage_step, carried)
-    chosen = [
-        prompts.to_prompt(
-            self._examples[int(i)], context.tokenizer,
-            max_len=stage.max_prompt_len) for i in drawn.example]
-    born = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        context.key(self._name), drawn.born)
-    session = self.engine.session(params)
-    rollouts = session.sample(
-        chosen, engine.prompt_keys(born, chosen),
-        num_samples=stage.num_samples, begun=drawn.begun,
-        should_cut=self._cut(drawn))
-    metrics = session.stats.metrics()
-    if carried is not None:
-      rollouts, carried = partial.split(drawn, rollouts)
-      metrics |= partial.metrics(drawn, rollouts)
-    return self._grade(chosen, rollouts, stage_step, metrics, carried)
-
-  def _draw(
-      self, stage_step: int, carried: partial.Carried | None
-  ) -> partial.Drawn:
-    """The prompts of a step."""
-    if carried is None:
-      example = self._balance.batch(stage_step)
-      return partial.Drawn(
-          example=example, born=np.full(example.size, stage_step))
-
-    def stream(place: int) -> int:
-      step, index = divmod(place, self._stage.num_prompts)
-      # A batch lists task by task; a part of it should have of all.
-      rng = np.random.default_rng((self._context.seed, step))
-      return int(rng.permutation(self._balance.batch(step))[index])
-
-    return partial.draw(carried, stage_step, stream)
-
-  def _cut(self, drawn: partial.Drawn) -> Callable[[types.Rollouts], bool]:
-    """Whether enough is written; see `RlStage.cut_tokens`."""
-    stage, start = self._stage, time.monotonic()
-
-    def is_late() -> bool:
-      return time.monotonic() - start >= stage.cut_seconds
-
-    def should_cut(rollouts: types.Rollouts) -> bool:
-      if not stage.is_cut or not partial.is_complete(rollouts).any():
-        return False
-      num_new = int(rollouts.lengths.sum()) - drawn.num_begun
-      if 0 < stage.cut_tokens <= num_new:
-        return True
-      return stage.cut_seconds > 0 and multihost.on_primary(is_late)
-
-    return should_cut
-
-  def _grade(
-      self,
-      chosen: Sequence[types.Prompt],
-      rollouts: types.Rollouts,
-      stage_step: int,
-      metrics: Mapping[str, float],
-      carried: partial.Carried | None,
-  ) -> Graded:
-    """Grades what was written."""
-    texts: list[str] = []
-    scores: list[types.Score | None] = []
-    for p, g in np.ndindex(*rollouts.lengths.shape):
-      text = engine.response_text(self._context.tokenizer, rollouts, p, g)
-      texts.append(text)
-      scores.append(self._score_response(
-          chosen[p].example, text,
-          is_finished=bool(rollouts.is_finished[p, g]),
-      ) if rollouts.lengths[p, g] else None)
+    """Samples and grades the responses of a step; see `sampling.Sampler`."""
+    sampled = self._sample(params, stage_step, carried)
+    rollouts, num_samples = sampled.rollouts, self._stage.num_samples
+    scores = [
+        self._score_response(
+            sampled.prompts[i // num_samples].example, text,
+            is_finished=bool(is_finished)) if length else None
+        for i, (text, length, is_finished) in enumerate(zip(
+            sampled.texts, rollouts.lengths.reshape(-1),
+            rollouts.is_finished.reshape(-1), strict=True))]
     rewards = np.asarray([s.reward if s else 0.0 for s in scores], np.float32)
     if self._stage.shuffle_rewards:
       rng = np.random.default_rng((self._context.seed, stage_step))
       is_trained = rollouts.lengths.reshape(-1) > 0
       rewards[is_trained] = rng.permutation(rewards[is_trained])
-    return Graded(prompts=chosen, rollouts=rollouts, texts=texts,
-                  scores=scores, rewards=rewards, metrics=metrics,
-                  carried=carried)
+    return Graded(sampled=sampled, scores=scores, rewards=rewards)
 
   def plan(
       self,
@@ -285,13 +221,13 @@ class RlJob:
   ) -> batch.Plan:
     """Advantages, the AEPO decision and token weights of a batch."""
     stage = self._stage
-    num_prompts, num_samples = graded.rollouts.lengths.shape
+    num_prompts, num_samples = graded.sampled.rollouts.lengths.shape
     stat_ids = [
-        self._strata.index(_stratum(p.example)) for p in graded.prompts]
+        self._strata.index(_stratum(p.example)) for p in graded.sampled.prompts]
     return batch.plan(
         aepo,
         rewards=jnp.asarray(graded.rewards),
-        lengths=jnp.asarray(graded.rollouts.lengths.reshape(-1)),
+        lengths=jnp.asarray(graded.sampled.rollouts.lengths.reshape(-1)),
         group_ids=jnp.repeat(jnp.arange(num_prompts), num_samples),
         stat_ids=jnp.repeat(jnp.asarray(stat_ids), num_samples),
         entropy=jnp.asarray(entropy), entropy_t1=jnp.asarray(entropy_t1),
@@ -305,9 +241,9 @@ class RlJob:
       packed: Sequence[batch.Packed],
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Entropies (at the temperature, at 1) and log-probabilities, [N, R]."""
-    rollouts = graded.rollouts
+    rollouts = graded.sampled.rollouts
     # What an older policy began was not drawn from this one.
-    is_current = not graded.metrics.get('partial/old_tokens')
+    is_current = not graded.sampled.metrics.get('partial/old_tokens')
     if self._stage.entropy_source == 'sampler' and is_current:
       return (_by_response(rollouts.entropy),
               _by_response(rollouts.entropy_t1),
@@ -329,17 +265,14 @@ class RlJob:
   def _minibatches(self, graded: Graded) -> list[batch.Packed]:
     """Rows of each optimizer batch, in order."""
     stage = self._stage
-    size = len(graded.prompts) // stage.num_minibatches
+    groups = graded.sampled.groups
+    size = len(groups) // stage.num_minibatches
     return [
-        batch.pack(
-            graded.prompts[start:start + size],
-            jax.tree.map(
-                lambda x, start=start: x[start:start + size],
-                graded.rollouts),
+        batch.pack_groups(
+            list(itertools.chain(*groups[start:start + size])),
             row_lens=stage.row_lens,
-            num_rows=rl_stage.rows_at_once(stage, self._context.rules),
-            first_trajectory=start * stage.num_samples)
-        for start in range(0, len(graded.prompts), size)]
+            num_rows=rl_stage.rows_at_once(stage, self._context.rules))
+        for start in range(0, len(groups), size)]
 
   def _task_metrics(
       self,
@@ -347,14 +280,15 @@ class RlJob:
       entropy: np.ndarray,  # f32[N, R]
   ) -> dict[str, float]:
     """Mean reward and entropy by task, and how responses ended."""
-    lengths = graded.rollouts.lengths
+    rollouts, asked = graded.sampled.rollouts, graded.sampled.prompts
+    lengths = rollouts.lengths
     is_trained = lengths.reshape(-1) > 0
     rewards = np.asarray([s.reward for s in graded.scores if s])
     # Values past a response's end are 0.
     entropies = (entropy.sum(axis=1)[is_trained]
                  / lengths.reshape(-1)[is_trained])
     tasks = np.repeat(
-        [p.example.task for p in graded.prompts], lengths.shape[1])[is_trained]
+        [p.example.task for p in asked], lengths.shape[1])[is_trained]
     present = [t for t in self._tasks if (tasks == t).any()]
     by_task = {f'reward/{t}': rewards[tasks == t].mean() for t in present}
     return by_task | {
@@ -362,7 +296,7 @@ class RlJob:
     } | {
         'reward/mean': np.mean(list(by_task.values())),
         'length/truncated': (
-            1.0 - graded.rollouts.is_finished[lengths > 0].mean()),
+            1.0 - rollouts.is_finished[lengths > 0].mean()),
     }
 
   def _write_rollouts(
@@ -374,26 +308,26 @@ class RlJob:
     num_tasks = len(self._tasks)
 
     def places_off(p: int) -> int:
-      task = self._tasks.index(graded.prompts[p].example.task)
+      task = self._tasks.index(graded.sampled.prompts[p].example.task)
       return (task - turn) % num_tasks
 
     # A batch of fewer prompts than tasks may lack the one whose turn it is.
-    trained = np.flatnonzero(graded.rollouts.lengths.any(axis=1))
+    trained = np.flatnonzero(graded.sampled.rollouts.lengths.any(axis=1))
     p = min(trained.tolist(), key=places_off)
-    num_samples = graded.rollouts.lengths.shape[1]
+    num_samples = graded.sampled.rollouts.lengths.shape[1]
     advantages, keep = jax.device_get((plan.advantages, plan.keep))
     samples = []
     for g in range(num_samples):
-      i, length = p * num_samples + g, graded.rollouts.lengths[p, g]
+      i, length = p * num_samples + g, graded.sampled.rollouts.lengths[p, g]
       score = graded.scores[i]
       assert score is not None
       samples.append(metrics_lib.Sample(
-          text=graded.texts[i], score=score,
+          text=graded.sampled.texts[i], score=score,
           advantage=float(advantages[i]), length=int(length),
-          entropy=float(graded.rollouts.entropy[p, g].sum() / length),
-          is_finished=bool(graded.rollouts.is_finished[p, g]),
+          entropy=float(graded.sampled.rollouts.entropy[p, g].sum() / length),
+          is_finished=bool(graded.sampled.rollouts.is_finished[p, g]),
           is_kept=bool(keep[i])))
-    prompt = graded.prompts[p]
+    prompt = graded.sampled.prompts[p]
     self._context.rollouts.write(
         global_step, self._name, prompt.example, samples,
         prompt_text=self._context.tokenizer.decode(prompt.tokens))

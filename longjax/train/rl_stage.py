@@ -5,6 +5,7 @@ import itertools
 from typing import Literal
 
 from longjax import types
+from longjax.agents import memory as memory_lib
 from longjax.parallel import rules as rules_lib
 from longjax.parallel import token_order
 from longjax.rl import advantage as advantage_lib
@@ -26,7 +27,7 @@ class RlStage:
     num_prompts: P, balanced over tasks.
     num_samples: G.
     prompts_at_once: prompts whose keys and values the sampler holds; 0 means
-      all P.
+      all P, or P * G with `memory`.
     samples_at_once: responses being written at a time; 0 means those of the
       prompts held. The next one takes the place of one that ends.
     chunk_len: tokens of a prompt the sampler reads at once, at most.
@@ -53,6 +54,11 @@ class RlStage:
     entropy_source: 'trainer_forward' scores the rows once before the update,
       which also gives old log-probabilities; 'sampler' trusts what the sampler
       returned and saves that pass, unless an older policy began a response.
+    memory: documents are read in turns, by the memory agent; None asks about
+      the whole of them at once. A trajectory is then all turns of one reading:
+      it is graded by its answer, and the advantage of the whole counts for
+      every token. `max_prompt_len` and `sampler.max_response_len` cap a turn.
+    max_parts: K, parts of a document at most.
     replay_experts: of a mixture of experts: the trainer sends tokens where
       the sampler did, so that rounding does not make them two policies
       (arXiv:2510.11370). Every process holds P * (S + G * R) * L * A bytes of
@@ -84,13 +90,15 @@ class RlStage:
   clip: clipping.NegativeClipConfig = clipping.NegativeClipConfig()
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   entropy_source: Literal['trainer_forward', 'sampler'] = 'trainer_forward'
+  memory: memory_lib.MemoryConfig | None = None
+  max_parts: int = 4
   replay_experts: bool = False
   shuffle_rewards: bool = False
   rollouts_every: int = 10
 
   def __post_init__(self):
     for name in ('steps', 'num_prompts', 'max_prompt_len', 'num_minibatches',
-                 'num_epochs', 'rollouts_every'):
+                 'num_epochs', 'rollouts_every', 'max_parts'):
       if getattr(self, name) < 1:
         raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 1.')
     for name in ('rows_at_once', 'prompts_at_once', 'samples_at_once',
@@ -125,6 +133,10 @@ class RlStage:
           "rl.loss.objective='off_policy'.")
     if self.is_cut:
       self._check_cut()
+    if self.memory is not None and self.replay_experts:
+      raise types.UserError(
+          'rl.replay_experts=True does not go with rl.memory; set it to '
+          'False.')
 
   def _check_cut(self) -> None:
     """Refuses what partial rollouts do not go with."""
@@ -135,6 +147,7 @@ class RlStage:
           'policy; set rl.loss.tis_cap, e.g. to 2.0.')
     for name, value, allowed in (
         ('num_minibatches', self.num_minibatches, 1),
+        ('memory', self.memory, None),
         ('replay_experts', self.replay_experts, False)):
       if value != allowed:
         raise types.UserError(
@@ -160,12 +173,22 @@ class RlStage:
     return self.entropy_source == 'trainer_forward' or self.is_cut
 
   @property
+  def trajectory_len(self) -> int:
+    """Tokens of a response, or of all turns of a reading, at most."""
+    num_turns = 1 if self.memory is None else self.max_parts + 1
+    return num_turns * self.sampler.max_response_len
+
+  @property
   def engine(self) -> engine.EngineConfig:
     """Shapes of the sampler's programs."""
+    # Readers of a document each have a prompt of their own.
+    num_prompts, num_samples = self.num_prompts, self.num_samples
+    if self.memory is not None:
+      num_prompts, num_samples = num_prompts * num_samples, 1
     return engine.EngineConfig(
         prompt_buckets=(self.max_prompt_len,),
-        prompts_at_once=self.prompts_at_once or self.num_prompts,
-        samples_per_prompt=self.num_samples,
+        prompts_at_once=self.prompts_at_once or num_prompts,
+        samples_per_prompt=num_samples,
         samples_at_once=self.samples_at_once, chunk_len=self.chunk_len)
 
 

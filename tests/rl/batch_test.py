@@ -261,13 +261,6 @@ def test_a_batch_without_a_response_is_a_micro_batch_of_padding():
   assert made.num_needed == made.num_repeated == 0
 
 
-def test_parts_of_a_batch_count_responses_on():
-  prompts, rollouts = tiny_model.prompts([3, 4]), tiny_model.rollouts(2, 3, 4)
-  packed = tiny_model.packed(
-      prompts, rollouts, row_len=64, num_rows=1, first_trajectory=30)
-  assert set(packed.trajectory[packed.loss_mask]) == set(range(30, 36))
-
-
 def test_plan_compiles_once():
   before = batch.plan._cache_size()
   state = entropy_control.init()

@@ -86,17 +86,17 @@ def test_with_one_policy_cut_responses_are_those_of_uncut_sampling():
   seen = {}
   for step in range(9):
     graded = job.rollout(params, step, carried)
-    carried, lengths = graded.carried, graded.rollouts.lengths
+    carried, lengths = graded.sampled.carried, graded.sampled.rollouts.lengths
     assert lengths.any(axis=1).sum() >= 1
-    for p, prompt in enumerate(graded.prompts):
+    for p, prompt in enumerate(graded.sampled.prompts):
       if lengths[p].any():
-        tokens = graded.rollouts.tokens[p].tolist()
+        tokens = graded.sampled.rollouts.tokens[p].tolist()
         assert seen.setdefault(prompt.example.id, tokens) == tokens
   assert (carried.example >= 0).any()  # Something was cut.
   # The same prompts, drawn in the step in which each was born.
   graded = whole.rollout(params, 0)
   first = {p.example.id: t for p, t in zip(
-      graded.prompts, graded.rollouts.tokens.tolist())}
+      graded.sampled.prompts, graded.sampled.rollouts.tokens.tolist())}
   assert set(first) <= set(seen)
   for name, tokens in first.items():
     assert seen[name] == tokens
@@ -105,16 +105,16 @@ def test_with_one_policy_cut_responses_are_those_of_uncut_sampling():
 def test_old_tokens_keep_their_scores_and_new_ones_have_the_new_policys():
   job, _ = job_of()
   old, new = tiny_model.params(seed=0), tiny_model.params(seed=1)
-  cut = job.rollout(old, 0, stage().carried()).carried
+  cut = job.rollout(old, 0, stage().carried()).sampled.carried
   held = np.flatnonzero(cut.example >= 0)
   begun = cut.rollouts.lengths[held]
   assert (begun > 0).any() and (begun < MAX_LEN).any()
   graded = job.rollout(new, 1, cut)
-  both = [graded.rollouts, graded.carried.rollouts]
+  both = [graded.sampled.rollouts, graded.sampled.carried.rollouts]
   num_new = 0
   for i, p in enumerate(held):
     now = next(r for r in both if r.lengths[i].any())
-    prompt = graded.prompts[i]
+    prompt = graded.sampled.prompts[i]
     for g, first in np.ndenumerate(begun[i]):
       (g,) = g
       for name in ('tokens', 'logprobs', 'entropy'):
@@ -129,9 +129,9 @@ def test_old_tokens_keep_their_scores_and_new_ones_have_the_new_policys():
       num_new += len(want)
   assert num_new > 0
   stale = graded.metrics['partial/old_tokens']
-  trained = graded.rollouts.lengths[:len(held)].any(axis=1)
+  trained = graded.sampled.rollouts.lengths[:len(held)].any(axis=1)
   assert stale == pytest.approx(
-      begun[trained].sum() / graded.rollouts.lengths.sum())
+      begun[trained].sum() / graded.sampled.rollouts.lengths.sum())
 
 
 def teacher_forced(params, prompt, response):

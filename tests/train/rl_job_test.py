@@ -16,7 +16,7 @@ from longjax.rl import batch, entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import rl_job, rl_stage, run_state
+from longjax.train import rl_job, rl_stage, run_state, sampling
 from tests import tiny_model
 
 NUM_SAMPLES = 3
@@ -224,11 +224,12 @@ def test_the_samplers_scores_replace_a_pass_and_aepo_still_decides_first(
   assert bool(job._score_rows._cache_size()) == is_scored
 
   # All updates of the batch measure themselves by the policy that sampled.
-  sampled = graded.rollouts.logprobs.reshape(24, -1)
+  sampled = graded.sampled.rollouts.logprobs.reshape(24, -1)
   for extras in spy.extras:
     np.testing.assert_allclose(extras['old_logprobs'], sampled, atol=1e-4)
     assert np.array_equal(extras['old_logprobs'], sampled) != is_scored
-  want = graded.rollouts.entropy.sum(axis=2) / graded.rollouts.lengths
+  rollouts = graded.sampled.rollouts
+  want = rollouts.entropy.sum(axis=2) / rollouts.lengths
   np.testing.assert_allclose(
       result.values['entropy/seq_mean'], want.mean(), rtol=1e-4)
 
@@ -253,11 +254,12 @@ def test_what_an_older_policy_began_is_scored_whatever_the_config_says():
   packed = job._minibatches(graded)
   trusted = job._measure(newer, graded, packed)
   assert not job._score_rows._cache_size()
-  stale = dataclasses.replace(graded, metrics={'partial/old_tokens': 0.25})
+  stale = dataclasses.replace(graded, sampled=dataclasses.replace(
+      graded.sampled, metrics={'partial/old_tokens': 0.25}))
   scored = job._measure(newer, stale, packed)
   for name, given, told in zip(
       ('entropy', 'entropy_t1', 'logprobs'), trusted, scored, strict=True):
-    by_sampler = getattr(graded.rollouts, name).reshape(24, -1)
+    by_sampler = getattr(graded.sampled.rollouts, name).reshape(24, -1)
     np.testing.assert_array_equal(given, by_sampler)
     assert np.abs(told - by_sampler).max() > 1e-3
   # They are what the trainer's own pass says.
@@ -291,6 +293,15 @@ def test_a_batch_without_a_positive_response_in_pos_mode_is_skipped():
   assert result.values['aepo/skipped_steps']
 
 
+def sampled(examples, texts=()):
+  """Rollouts of any text to prompts of these examples."""
+  return sampling.Sampled(
+      prompts=[types.Prompt(example=e, tokens=(1, 2), number=0)
+               for e in examples],
+      rollouts=tiny_model.rollouts(len(examples), NUM_SAMPLES, 6),
+      texts=texts, groups=[])
+
+
 def test_a_batch_without_the_task_whose_turn_it_is_shows_another():
   where = context()
   job = rl_job.RlJob(
@@ -298,8 +309,7 @@ def test_a_batch_without_the_task_whose_turn_it_is_shows_another():
   example = EXAMPLES[1]
   assert example.task == 'qa'  # The first turn is that of 'mc'.
   graded = rl_job.Graded(
-      prompts=[types.Prompt(example=example, tokens=(1, 2), number=0)],
-      rollouts=tiny_model.rollouts(1, NUM_SAMPLES, 6), texts=['a', 'b', 'c'],
+      sampled=sampled([example], texts=['a', 'b', 'c']),
       scores=[types.Score(reward=0.0, answer='', rule='test')] * NUM_SAMPLES,
       rewards=np.zeros(NUM_SAMPLES, np.float32))
   plan = python_types.SimpleNamespace(
@@ -317,11 +327,7 @@ def test_dense_and_binary_rewards_of_a_task_have_deviations_of_their_own():
   scale = np.repeat([1.0, 0.01], 3 * NUM_SAMPLES)
   rewards = (rng.random(6 * NUM_SAMPLES) * scale).astype(np.float32)
   chosen = [examples[i] for i in (0, 2, 4, 1, 3, 5)]
-  graded = rl_job.Graded(
-      prompts=[types.Prompt(example=e, tokens=(1, 2), number=0)
-               for e in chosen],
-      rollouts=tiny_model.rollouts(6, NUM_SAMPLES, 6), texts=[], scores=[],
-      rewards=rewards)
+  graded = rl_job.Graded(sampled=sampled(chosen), scores=[], rewards=rewards)
   entropy = np.ones((6 * NUM_SAMPLES, 6), np.float32)
   got = job.plan(entropy_control.init(), graded, entropy, entropy).advantages
   by_group = rewards.astype(np.float64).reshape(2, 3, NUM_SAMPLES)
@@ -336,14 +342,15 @@ def test_prompts_sampled_in_parts_are_answered_alike():
   params = fresh(where).train.params
   parted = rl_job.RlJob(
       where, stage(prompts_at_once=2), examples=EXAMPLES, score=Grader())
-  assert parted.rollout(params, 0).texts == job.rollout(params, 0).texts
+  assert parted.rollout(params, 0).sampled.texts == job.rollout(
+      params, 0).sampled.texts
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere():
   (job, where, _), (other, *_) = job_of('on_policy'), job_of('off_policy')
   params = fresh(where).train.params
   plain, shuffled = job.rollout(params, 0), other.rollout(params, 0)
-  assert shuffled.texts == plain.texts
+  assert shuffled.sampled.texts == plain.sampled.texts
   assert [s.reward for s in shuffled.scores] == plain.rewards.tolist()
   assert (shuffled.rewards != plain.rewards).any()
   np.testing.assert_array_equal(

@@ -1,0 +1,1 @@
+"""Long inputs read in turns."""
