@@ -1,7 +1,7 @@
 """Evaluation: a sampler and a grader turn prompts into records.
 
 Host code only: what writes and what grades are passed in. Training rewards and
-evaluations use one grader (`reward.hybrid.score`), or a gain is an artefact.
+evaluations use one grader (`reward.grading`), or a gain is an artefact.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from longjax import types
 from longjax.data import records as record_files
 from longjax.evals import scores
+from longjax.reward import grading
 
 EVALS_FOLDER = 'evals'
 
@@ -79,7 +80,7 @@ def by_length(
 
 def evaluate(
     generate: Generate,
-    score: Score,
+    grader: grading.Grader,
     prompts: Mapping[int, Sequence[types.Prompt]],
     *,
     num_samples: int,
@@ -90,7 +91,8 @@ def evaluate(
 
   Args:
     generate: the model.
-    score: the grader.
+    grader: grades them. It may ask a judge while others are still written;
+      nobody waits for it before the end.
     prompts: by nominal context length in tokens.
     num_samples: responses to each prompt.
     batch_size: prompts given to `generate` at once, all of one length; None
@@ -101,7 +103,7 @@ def evaluate(
   Returns:
     Records, in the order of the lengths, prompts and samples.
   """
-  results = []
+  written: list[tuple[types.Prompt, int, int, Response]] = []
   for context_length, group in sorted(prompts.items()):
     size = batch_size or len(group) or 1
     for start in range(0, len(group), size):
@@ -110,13 +112,14 @@ def evaluate(
       for prompt, responses in zip(batch, answers, strict=True):
         assert len(responses) == num_samples, (len(responses), num_samples)
         for sample, response in enumerate(responses):
-          grade = score(
-              prompt.example, response.text, is_finished=response.is_finished)
-          results.append(
-              _record(prompt, context_length, sample, response, grade))
+          grader.submit(
+              (len(written),), prompt.example, response.text,
+              is_finished=response.is_finished)
+          written.append((prompt, context_length, sample, response))
       if on_batch is not None:
         on_batch(len(batch))
-  return results
+  grades = grader.collect().scores
+  return [_record(*what, grades[(i,)]) for i, what in enumerate(written)]
 
 
 def save(

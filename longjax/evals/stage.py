@@ -15,6 +15,8 @@ from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
+from longjax.reward import grading
+from longjax.reward import judge as judge_lib
 from longjax.rollout import decode, engine
 
 # Prompts handed to the sampler between two looks at the progress, over those
@@ -91,6 +93,7 @@ def run(
     workdir: pathlib.Path,
     progress: Callable[..., Any],
     check_stop: Callable[[], None],
+    judge: judge_lib.Judge | None = None,
 ) -> None:
   """Evaluates `params` and writes evals/{name}.json.
 
@@ -102,7 +105,7 @@ def run(
     name: of the result.
     params: what is evaluated.
     examples: of each split.
-    score: the grader.
+    score: the rules.
     model: sizes of the network.
     tokenizer: of the model.
     rules: logical axes to mesh axes.
@@ -111,6 +114,7 @@ def run(
     workdir: of the run.
     progress: `train.progress.Progress` or alike.
     check_stop: called after each batch; may raise to stop.
+    judge: who is asked where rules find no match; None asks nobody.
   """
   sampler = engine.Engine(
       model=model, sampler=stage.sampler,
@@ -139,7 +143,8 @@ def run(
       check_stop()
 
     results = runner.evaluate(
-        generate, score, runner.by_length(asked, stage.lengths),
+        generate, grading.Grader(judge=judge, score=score),
+        runner.by_length(asked, stage.lengths),
         num_samples=stage.num_samples,
         batch_size=_BATCHES_AT_ONCE * stage.prompts_at_once,
         on_batch=on_batch)

@@ -12,8 +12,8 @@ the rule of the example's kind decides:
   mrcr     similarity to a text after a required prefix   reward.mrcr
 
 `example.meta` may hold 'unit' (numeric), 'ordered' = 'true' (list) and
-'required_prefix' (mrcr). No judge is asked yet, so a right answer in unexpected
-words scores 0.
+'required_prefix' (mrcr). A right answer in unexpected words scores 0 here;
+`grading` then asks a judge, if there is one.
 """
 
 from longjax import types

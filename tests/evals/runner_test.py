@@ -4,6 +4,7 @@ import pytest
 
 from longjax import types
 from longjax.evals import runner, scores
+from longjax.reward import grading, judge
 
 
 def _prompt(number, task='reading', length=10, answer='yes', evidence=()):
@@ -20,6 +21,10 @@ def _score(example, response_text, *, is_finished=True):
   answer = response_text.partition('</think>')[2] if is_finished else ''
   return types.Score(
       reward=float(answer in example.answers), answer=answer, rule='exact')
+
+
+def _grader(judge=None):
+  return grading.Grader(score=_score, judge=judge)
 
 
 class _Model:
@@ -39,7 +44,7 @@ class _Model:
 def test_every_prompt_is_answered_and_graded_in_order():
   model, done = _Model(), []
   results = runner.evaluate(
-      model, _score,
+      model, _grader(),
       {512: [_prompt(5, length=500)], 64: [_prompt(i) for i in range(3)]},
       num_samples=2, batch_size=2, on_batch=done.append)
   assert model.calls == [
@@ -59,19 +64,48 @@ def test_every_prompt_is_answered_and_graded_in_order():
 def test_batches_do_not_change_what_is_recorded():
   prompts = {64: [_prompt(i) for i in range(5)]}
   assert runner.evaluate(
-      _Model(), _score, prompts, num_samples=3) == runner.evaluate(
-          _Model(), _score, prompts, num_samples=3, batch_size=2)
+      _Model(), _grader(), prompts, num_samples=3) == runner.evaluate(
+          _Model(), _grader(), prompts, num_samples=3, batch_size=2)
+
+
+class _Yes:
+  """A judge; notes how many prompts were answered when it was asked."""
+
+  def __init__(self, model):
+    self.model, self.log = model, []
+
+  def ask(self, case):
+    self.log.append(('ask', len(self.model.calls)))
+
+  def rulings(self, cases):
+    self.log.append(('rulings', len(self.model.calls)))
+    return [judge.Ruling(verdict=judge.Verdict.YES) for _ in cases]
+
+  def close(self):
+    pass
+
+
+def test_a_judge_is_asked_after_each_batch_and_awaited_at_the_end(monkeypatch):
+  monkeypatch.setattr(grading, 'JUDGED_KINDS', {'exact'})
+  model = _Model()
+  asked = _Yes(model)
+  prompts = {64: [_prompt(i, answer='oui') for i in range(3)]}
+  results = runner.evaluate(
+      model, _grader(asked), prompts, num_samples=1, batch_size=1)
+  assert asked.log == [
+      ('ask', 1), ('ask', 2), ('ask', 3), ('rulings', 3)]
+  assert [(r.rule, r.reward) for r in results] == [('judge', 1.0)] * 3
 
 
 def test_evidence_is_quoted_and_its_depth_recorded():
   evidence = (types.Span(document=0, start=0, end=20),
               types.Span(document=1, start=30, end=40))
   (record,) = runner.evaluate(
-      _Model(), _score, {64: [_prompt(0, evidence=evidence)]}, num_samples=1)
+      _Model(), _grader(), {64: [_prompt(0, evidence=evidence)]}, num_samples=1)
   assert record.evidence == ('x' * 20, 'y' * 10)
   assert record.depth == pytest.approx((10 + 95) / 2 / 100)
   (record,) = runner.evaluate(
-      _Model(), _score, {64: [_prompt(0)]}, num_samples=1)
+      _Model(), _grader(), {64: [_prompt(0)]}, num_samples=1)
   assert record.depth is None
 
 
@@ -86,7 +120,7 @@ def test_prompts_are_sorted_under_the_smallest_length_that_holds_them():
 
 def test_a_saved_evaluation_comes_back_with_its_table(tmp_path):
   results = runner.evaluate(
-      _Model(), _score, {64: [_prompt(i) for i in range(4)]}, num_samples=2)
+      _Model(), _grader(), {64: [_prompt(i) for i in range(4)]}, num_samples=2)
   table = runner.save(tmp_path, '1_sft', results, facts={'step': 7})
   (loaded,) = runner.load(tmp_path)
   assert loaded['name'] == '1_sft' and loaded['facts'] == {'step': 7}
@@ -113,7 +147,7 @@ def test_a_damaged_evaluation_is_named(tmp_path):
 
 def test_the_same_evaluation_writes_the_same_bytes(tmp_path):
   results = runner.evaluate(
-      _Model(), _score, {64: [_prompt(i) for i in range(4)]}, num_samples=2)
+      _Model(), _grader(), {64: [_prompt(i) for i in range(4)]}, num_samples=2)
   for folder in ('a', 'b'):
     runner.save(tmp_path / folder, '0_base', results, seed=3)
   first, second = (
