@@ -17,7 +17,7 @@ import pathlib
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -53,6 +53,7 @@ The config's `job` chooses what is done:
   evals    score a model by task and context length
   convert  write a checkpoint as a Hugging Face directory, see
            configs/convert.py
+  merge    make one model of several that began as one, see configs/merge.py
   bench    measure prefill, decode, score and update on this machine, see
            configs/bench.py
 
@@ -246,8 +247,8 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
       raise types.UserError(
           'no --config=FILE given; for example --config=configs/tiny.py.')
     job = _job(_CONFIG.value, changes)
-    if job == 'convert':
-      return _convert(changes)
+    if job in ('convert', 'merge'):
+      return _from_files_to_files(job, changes)
     if job == 'bench':
       return _bench(changes)
     # Here, because --help and mistakes should not wait for orbax and grain.
@@ -284,18 +285,25 @@ def _job(values: Any, changes: Sequence[_Override]) -> str:
   return dict(changes).get('job', values.get('job', 'recipe'))
 
 
-def _convert(changes: Sequence[_Override]) -> int:
-  """Converts a model; it needs no work directory."""
-  from longjax.train import convert_job
+def _from_files_to_files(job: str, changes: Sequence[_Override]) -> int:
+  """Converts a model or merges several; that needs no work directory."""
+  from longjax.train import convert_job, merge_job
 
+  made: type
+  run_job: Callable[[Any], int]
+  if job == 'convert':
+    made, run_job = convert_job.ConvertConfig, convert_job.run
+    fields = '--config.source and --config.output'
+  else:
+    made, run_job = merge_job.MergeJobConfig, merge_job.run
+    fields = '--config.base, --config.experts and --config.output'
   for flag in (_WORKDIR, _PLAN):
     if flag.value is not None:
       raise types.UserError(
-          f'--{flag.name} does not go with job=convert; set --config.source '
-          'and --config.output.')
-  config = build(convert_job.ConvertConfig, _CONFIG.value, changes)
+          f'--{flag.name} does not go with job={job}; set {fields}.')
+  config = build(made, _CONFIG.value, changes)
   with _all_processes():
-    return convert_job.run(config)
+    return run_job(config)
 
 
 def _bench(changes: Sequence[_Override]) -> int:

@@ -23,7 +23,14 @@ from longjax.bench import suite
 from longjax.model import huggingface_config
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import rules as rules_lib
-from longjax.train import convert_job, initial, rl_job, rl_stage, sft_job
+from longjax.train import (
+    convert_job,
+    initial,
+    merge_job,
+    rl_job,
+    rl_stage,
+    sft_job,
+)
 from longjax.train import state as state_lib
 from longjax.train import step as step_lib
 
@@ -52,7 +59,11 @@ def name(case: tuple[pathlib.Path, str]) -> str:
 
 
 # What other jobs than a run are made of.
-OTHERS = {'convert': convert_job.ConvertConfig, 'bench': suite.BenchConfig}
+OTHERS = {
+    'convert': convert_job.ConvertConfig,
+    'merge': merge_job.MergeJobConfig,
+    'bench': suite.BenchConfig,
+}
 
 
 def build(path: pathlib.Path, variant: str) -> Any:

@@ -201,7 +201,7 @@ def test_help_goes_to_standard_output(outcomes):
 def test_usage_names_every_job_and_fits_the_screen():
   for word in (
       'recipe', 'synth', 'pretrain', 'sft', 'rl', 'evals', 'convert',
-      'bench', '--config', '--workdir'):
+      'merge', 'bench', '--config', '--workdir'):
     assert word in main.USAGE
   assert max(map(len, main.USAGE.splitlines())) <= 80
 

@@ -9,10 +9,8 @@ bits.
 """
 
 import functools
-import math
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,13 +26,12 @@ from longjax.model import (
     huggingface_directory,
     huggingface_layout,
     huggingface_reading,
+    huggingface_writing,
     parameters,
     tensor_file,
 )
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
-
-_SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
 def load(
@@ -66,8 +63,7 @@ def load(
   else:
     where = rules.tree_shardings(
         parameters.axes(config), parameters.abstract(config))
-  tensors = huggingface_directory.tensors(directory)
-  _check_tensors(tensors, layouts, directory)
+  tensors = stored_tensors(directory, config)
   return jax.tree.map(
       lambda layout, sharding: huggingface_reading.parameter(
           layout, sharding, tensors, np.dtype(dtype)),
@@ -112,27 +108,39 @@ def save(
   params = jax.tree.map(
       lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), params)
   stored = np.dtype(dtype or params['embedding'].dtype)
-  fields = huggingface_config.to_json(config) | {'torch_dtype': stored.name}
-  if stop_ids:
-    fields['eos_token_id'] = stop_ids[0]
-  if pad_id is not None:
-    fields['pad_token_id'] = pad_id
-  carried, generation = multihost.on_primary(lambda: _carried(source))
-  generation = huggingface_directory.with_ids(
-      generation, stop_ids=stop_ids, pad_id=pad_id)
+  small_files = multihost.on_primary(lambda: huggingface_writing.small_files(
+      config, source=source, dtype=stored, stop_ids=stop_ids, pad_id=pad_id))
   layouts = huggingface_layout.layouts(config)
   tensors = _to_tensors(params, layouts, stored)
   failure = ''
   if multihost.is_primary():
     try:
-      with huggingface_directory.replacing(directory) as temporary:
-        _write_small_files(temporary, fields | carried, generation, source)
-        _write_tensors(temporary, tensors, layouts, stored, max_file_bytes)
-    except OSError as error:
-      failure = f'cannot write checkpoint {directory}: {error.strerror}.'
+      huggingface_writing.write(
+          directory, tensors, config, small_files=small_files, source=source,
+          dtype=stored, max_file_bytes=max_file_bytes)
+    except types.UserError as error:
+      failure = str(error)
   for _ in tensors:
     pass  # All processes gather, whatever became of the files.
   multihost.on_primary(lambda: _raise_if(failure))
+
+
+def stored_tensors(
+    directory: str | os.PathLike, config: architecture.ModelConfig
+) -> dict[str, tensor_file.Tensor]:
+  """The tensors of a checkpoint by name, not read yet.
+
+  Args:
+    directory: of the checkpoint.
+    config: of the model that is expected.
+
+  Raises:
+    UserError: one is missing, unknown, of another shape or unreadable.
+  """
+  directory = pathlib.Path(directory)
+  tensors = huggingface_directory.tensors(directory)
+  _check_tensors(tensors, huggingface_layout.layouts(config), directory)
+  return tensors
 
 
 def stored_dtype(directory: str | os.PathLike) -> np.dtype:
@@ -226,69 +234,3 @@ def _stored(
     leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
     order = tuple(d - 1 for d in order[1:])
   return leaf.astype(dtype).transpose(order)
-
-
-def _carried(
-    source: pathlib.Path | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What stays of config.json, and generation_config.json.
-
-  A source without tokenizer is refused.
-  """
-  if source is None:
-    return {}, {}
-  huggingface_directory.tokenizer_files(source)
-  fields = huggingface_config.harmless(source)
-  path = source / huggingface_directory.GENERATION_FILE
-  if path.is_file():
-    return fields, huggingface_directory.read_json(path)
-  return fields, {name: fields[name] for name in _SPECIAL_IDS
-                  if fields.get(name) is not None}
-
-
-def _write_small_files(
-    directory: pathlib.Path,
-    fields: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    source: pathlib.Path | None,
-) -> None:
-  """config.json, generation_config.json and the tokenizer."""
-  huggingface_directory.write_json(
-      directory / huggingface_directory.CONFIG_FILE, fields)
-  huggingface_directory.write_json(
-      directory / huggingface_directory.GENERATION_FILE, generation)
-  for path in huggingface_directory.tokenizer_files(source) if source else []:
-    shutil.copyfile(path, directory / path.name)
-
-
-def _write_tensors(
-    directory: pathlib.Path,
-    tensors: Iterator[tuple[str, np.ndarray]],
-    layouts: Any,
-    dtype: np.dtype,
-    max_file_bytes: int,
-) -> None:
-  """The weights, one file after the other."""
-  shapes = {
-      name: layout.tensor_shape
-      for _, layout, layer in huggingface_layout.in_file_order(layouts)
-      for name in layout.tensor_names(layer)}
-  sizes = {name: math.prod(shape) * dtype.itemsize
-           for name, shape in shapes.items()}
-  split = tensor_file.split(sizes.items(), max_bytes=max_file_bytes)
-  files = huggingface_directory.file_names(len(split))
-  for file, names in zip(files, split, strict=True):
-    writer = tensor_file.Writer(
-        directory / file, {name: shapes[name] for name in names}, dtype)
-    try:
-      for _ in names:
-        writer.write(*next(tensors))
-    except BaseException:
-      writer.abandon()
-      raise
-    writer.close()
-  if len(files) > 1:
-    huggingface_directory.write_index(
-        directory,
-        {name: file for file, names in zip(files, split) for name in names},
-        sum(sizes.values()))

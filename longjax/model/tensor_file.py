@@ -91,6 +91,13 @@ class Tensor:
     except OSError as error:
       raise unreadable(self.path, error.strerror) from error
 
+  def whole(self) -> np.ndarray:
+    """The tensor as it is stored; UserError as `read`."""
+    out = np.empty(self.shape, DTYPES[self.dtype])
+    height, width = self.shape[0], math.prod(self.shape[1:])
+    self.read((0, height), [((0, width), out.reshape(height, width))])
+    return out
+
   def _fill(self, file: Any, array: np.ndarray) -> None:
     """Reads as many bytes as a contiguous array has."""
     todo = array.reshape(-1).view(np.uint8).data
@@ -167,7 +174,11 @@ def read_header(path: pathlib.Path) -> list[Tensor]:
 
 
 class Writer:
-  """Writes the tensors of one file in the order of its header."""
+  """Writes the tensors of one file, in any order.
+
+  Attributes:
+    missing: shapes of the tensors that are not written yet.
+  """
 
   def __init__(
       self,
@@ -179,7 +190,7 @@ class Writer:
 
     Args:
       path: of the file.
-      shapes: of the tensors by name, in the order they will be written.
+      shapes: of the tensors by name, in the order they will have.
       dtype: of all; one of `DTYPES`.
     """
     header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
@@ -192,22 +203,26 @@ class Writer:
       offset = end
     content = json.dumps(header, separators=(',', ':')).encode()
     content += b' ' * (-len(content) % _ALIGNMENT)
-    self._left = list(shapes.items())[::-1]
+    self.missing = dict(shapes)
+    self._begins = {
+        name: 8 + len(content) + header[name]['data_offsets'][0]
+        for name in shapes}
     self._dtype = dtype
     self._file: BinaryIO = open(path, 'wb')
     self._file.write(len(content).to_bytes(8, 'little') + content)
 
   def write(self, name: str, array: np.ndarray) -> None:
-    """Writes the next tensor."""
-    assert (name, array.shape) == self._left.pop(), name
-    assert array.dtype == self._dtype, name
+    """Writes a tensor where it belongs."""
+    shape = self.missing.pop(name, None)
+    assert (array.shape, array.dtype) == (shape, self._dtype), name
+    self._file.seek(self._begins[name])
     # NumPy has no buffers of bfloat16.
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     self._file.write(data.data)
 
   def close(self) -> None:
     """Ends the file; all its bytes are on disk."""
-    assert not self._left, self._left[-1]
+    assert not self.missing, self.missing
     self._file.flush()
     os.fsync(self._file.fileno())
     self._file.close()

@@ -69,11 +69,35 @@ def test_the_library_reads_what_is_written(tmp_path):
       'b', 'a', 'naïve']
 
 
-def test_tensors_are_written_in_the_order_of_the_header(tmp_path):
+def test_tensors_may_come_in_any_order_but_each_once(tmp_path):
+  tensors = {
+      name: np.full(shape, i, np.float32)
+      for i, (name, shape) in enumerate(
+          {'x': (3,), 'y': (2, 5), 'z': (1,)}.items())}
+  files = []
+  for order in ('xyz', 'zxy', 'yzx'):
+    files.append(tmp_path / order)
+    writer = tensor_file.Writer(
+        files[-1], {k: v.shape for k, v in tensors.items()},
+        np.dtype(np.float32))
+    for name in order:
+      writer.write(name, tensors[name])
+      assert name not in writer.missing
+      for again in (name, 'other'):
+        with pytest.raises(AssertionError):
+          writer.write(again, tensors[name])
+    writer.close()
+  assert len({path.read_bytes() for path in files}) == 1
+  for tensor in tensor_file.read_header(files[0]):
+    np.testing.assert_array_equal(tensor.whole(), tensors[tensor.name])
+
+
+def test_a_file_is_not_closed_before_it_is_whole(tmp_path):
   writer = tensor_file.Writer(
       tmp_path / 'a', {'x': (1,), 'y': (1,)}, np.dtype(np.float32))
+  writer.write('y', np.zeros(1, np.float32))
   with pytest.raises(AssertionError):
-    writer.write('y', np.zeros(1, np.float32))
+    writer.close()
   writer.abandon()
 
 
