@@ -37,6 +37,7 @@ longjax: long-context reasoning and memory post-training in JAX
                            may be gs://BUCKET/DIR);
                            the same command again resumes or reports the run
   --config.KEY=VALUE       sets one value, e.g. --config.seed=1; keys are dotted
+  --ask.KEY=VALUE          the same for configs/ask.py
   --distributed            one of several processes that train one model: the
                            same command on every host, work directory shared
   --plan=TOPOLOGY          runs nothing, but compiles the run for a TPU slice
@@ -54,6 +55,7 @@ The config's `job` chooses what is done:
   convert  write a checkpoint as a Hugging Face directory, see
            configs/convert.py
   merge    make one model of several that began as one, see configs/merge.py
+  ask      answer questions about documents of any length, see configs/ask.py
   bench    measure prefill, decode, score and update on this machine, see
            configs/bench.py
 
@@ -122,7 +124,7 @@ def split_overrides(
   """Separates `--config.KEY=VALUE` from the other arguments.
 
   `--config.KEY VALUE` means the same; without a value it is true, and
-  `--noconfig.KEY` is false.
+  `--noconfig.KEY` is false. Of `--ask.KEY` the key is `ask.KEY`: see `_ask`.
   """
   rest: list[str] = []
   found: list[_Override] = []
@@ -130,7 +132,7 @@ def split_overrides(
   while queue:
     argument = queue.pop(0)
     match = re.fullmatch(
-        r'--?(no)?config\.([^=]+)(=.*)?', argument, re.DOTALL)
+        r'--?(no)?(?:config\.|(?=ask\.))([^=]+)(=.*)?', argument, re.DOTALL)
     if match is None:
       rest.append(argument)
       continue
@@ -247,6 +249,13 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
       raise types.UserError(
           'no --config=FILE given; for example --config=configs/tiny.py.')
     job = _job(_CONFIG.value, changes)
+    if job == 'ask':
+      return _ask(changes)
+    for key, _ in changes:
+      if key.startswith('ask.'):
+        raise types.UserError(
+            f'--{key} does not go with job={job}; use it with '
+            '--config=configs/ask.py.')
     if job in ('convert', 'merge'):
       return _from_files_to_files(job, changes)
     if job == 'bench':
@@ -314,6 +323,30 @@ def _bench(changes: Sequence[_Override]) -> int:
     raise types.UserError('--plan does not go with job=bench.')
   config = build(suite.BenchConfig, _CONFIG.value, changes)
   workdir = open_workdir(_WORKDIR.value or default_workdir(_config_file()))
+  with _all_processes():
+    return job.run(config, workdir)
+
+
+def _ask(changes: Sequence[_Override]) -> int:
+  """Answers questions about documents.
+
+  `--ask.KEY` sets `KEY`. Documents and questions that are given several times
+  are taken together.
+  """
+  from longjax.ask import job, settings
+
+  if _PLAN.value is not None:
+    raise types.UserError('--plan does not go with job=ask.')
+  merged: dict[str, list[str]] = {}
+  for key, text in changes:
+    merged.setdefault(key.removeprefix('ask.'), []).append(text)
+  config = build(settings.AskConfig, _CONFIG.value, [
+      (key, repr(tuple(texts)) if len(texts) > 1 and key in (
+          'documents', 'question') else texts[-1])
+      for key, texts in merged.items()])
+  workdir = _WORKDIR.value or default_workdir(_config_file())
+  if '://' not in workdir:  # The job refuses it.
+    open_workdir(workdir)
   with _all_processes():
     return job.run(config, workdir)
 

@@ -22,7 +22,7 @@ from absl import logging
 from longjax import config as config_lib
 from longjax import stages as stages_lib
 from longjax import types
-from longjax.evals import report, summary
+from longjax.evals import report, selection, summary
 from longjax.evals import stage as evals_stage
 from longjax.model import architecture, huggingface
 from longjax.model import compute as compute_lib
@@ -30,7 +30,15 @@ from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
 from longjax.synthesis import stage as synth_stage
-from longjax.train import checkpoint, initial, metrics, mirror, run_state
+from longjax.train import (
+  checkpoint,
+  initial,
+  merge_stage,
+  metrics,
+  mirror,
+  rl_stage,
+  run_state,
+)
 from longjax.train import workdir as workdir_lib
 
 # The final model, in Hugging Face's layout.
@@ -63,7 +71,8 @@ class RunConfig:
     export: write the final model to {workdir}/model for other programs.
   """
 
-  job: Literal['recipe', 'synth', 'pretrain', 'sft', 'rl', 'evals'] = 'recipe'
+  job: Literal[
+      'recipe', 'synth', 'pretrain', 'sft', 'rl', 'evals'] = 'recipe'
   recipe: tuple[str, ...]
   stages: Mapping[str, stages_lib.Stage]
   init_from: str = ''
@@ -90,6 +99,13 @@ class RunConfig:
       raise types.UserError(
           f'init_from={self.init_from!r} and model={self.model}: set exactly '
           'one of them, a base model or the sizes of a fresh one.')
+    for name, stage in self.trained():
+      if isinstance(stage, rl_stage.RlStage) and not self.init_from and (
+          stage.judge.mode == 'inprocess'):
+        raise types.UserError(
+            f"stages.{name}.judge.mode='inprocess' asks the model that the run "
+            'begins with, which knows nothing here; set init_from, or use '
+            "judge.mode='endpoint' or 'none'.")
     for field, least in (
         ('checkpoint_every', 1), ('max_skipped_in_a_row', 1),
         ('keep_checkpoints', 2)):
@@ -117,8 +133,10 @@ class RunConfig:
         if (name, before) in evaluated:
           continue
         label = f'{len(evaluated)}_{before}'
+        if stage.memory is not None:
+          label += '_agent'
         evaluated.add((name, before))
-      elif isinstance(stage, stages_lib.Training):
+      elif isinstance(stage, stages_lib.Training | merge_stage.MergeStage):
         before = name
       found.append(stages_lib.Named(name=name, label=label, stage=stage))
     return found
@@ -222,6 +240,9 @@ def _run_stages(
   done = trained[:trained.index(place.stage)] if place else []
   # Makes the parameters the next stage begins with; None if they are gone.
   params: Callable[[], types.Params] | None = functools.cache(begin.load)
+  kept = stages_lib.kept(config.plan())
+  if merge_stage.BASE in kept:
+    merge_stage.keep(merge_stage.BASE, begin.load, context, begin)
   if place is None and params:
     params()  # A damaged base model is told now, not after synthesis.
 
@@ -241,8 +262,22 @@ def _run_stages(
         continue
       with facts.timing(label):
         stages_lib.evaluate(stage, label, context, params())
+    elif isinstance(stage, selection.SelectStage):
+      chosen = selection.result(context.workdir, label)
+      if not multihost.on_primary(chosen.exists):
+        if params is None:
+          raise types.UserError(
+              f'{chosen} is gone and cannot be made again: training went on '
+              'since; start anew in another --workdir.')
+        with facts.timing(label):
+          stages_lib.select(stage, label, context, params(), config.plan())
+    elif isinstance(stage, merge_stage.MergeStage):
+      with facts.timing(label):
+        merge_stage.run(stage, label, context)
+      params = functools.partial(merge_stage.load, label, context)
     elif label in done:
-      params = None
+      params = functools.partial(
+          merge_stage.load, label, context) if label in kept else None
     else:
       with facts.timing(label):
         if state is None or place is None or place.stage != label:
@@ -254,8 +289,11 @@ def _run_stages(
               stage=label, stage_step=0,
               global_step=place.global_step if place else 0)
         params = None  # Training needs the memory.
-        state, place = stages_lib.train(stage, context, state, place)
+        state, place = stages_lib.train(
+            stage, context, state, place, initial=begin.load)
         params = functools.partial(getattr, state.train, 'params')
+        if label in kept:
+          merge_stage.keep(label, params, context, begin)
   context.checkpointer.wait()
   directory = context.workdir / MODEL_FOLDER
   if config.export and trained and params and not multihost.on_primary(
@@ -279,7 +317,7 @@ def _restore(
   restored = context.checkpointer.restore_latest(
       lambda info: run_state.abstract(
           optimizer, context.model, context.rules,
-          carried=stages_lib.carried(stage_of[info['stage']])))
+          **stages_lib.on_host(stage_of[info['stage']], info['data'])))
   if restored is None:
     return None, None
   place = run_state.Place(**restored.info)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import pytest
 
 from longjax import config, recipe, rows, stages, types
+from longjax.ask import settings
 from longjax.bench import suite
 from longjax.model import huggingface_config
 from longjax.parallel import mesh as mesh_lib
@@ -63,6 +64,7 @@ OTHERS = {
     'convert': convert_job.ConvertConfig,
     'merge': merge_job.MergeJobConfig,
     'bench': suite.BenchConfig,
+    'ask': settings.AskConfig,
 }
 
 

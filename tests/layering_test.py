@@ -12,7 +12,7 @@ ROOT = pathlib.Path(longjax.__file__).parent
 LAYERS = {
     'main': 8, '__main__': 8, 'recipe': 8, 'stages': 8, 'log': 8,
     'bench': 7,
-    'planner': 6,
+    'planner': 6, 'ask': 6,
     'train': 5, 'evals': 5,
     'agents': 4,
     'rollout': 3,

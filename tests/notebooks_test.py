@@ -23,6 +23,15 @@ better, worse = change[advantages > 0], change[advantages < 0]
 assert better.mean() > 0.0 > worse.mean()
 assert np.mean(better > 0) > 0.5 and np.mean(worse < 0) > 0.5
 ''',
+    '2_memory_agent': '''
+assert 0.2 < rewards.mean() < 1.0 and rewards[shown].std() > 0.0
+assert len(parts) > 3 and all(len(p) <= PART_LEN for p in parts)
+assert alone > 2.5 * of_step.num_needed
+assert np.abs(trainer - sampled).max() < 1e-3
+assert better.mean() > 0.0 > worse.mean()
+for other in (params, after_step):
+  assert 0.0 < distance(merged, other) < distance(params, after_step)
+''',
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from longjax import recipe, stages, types
-from longjax.data import dataset
+from longjax.data import dataset, records
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.model import huggingface
 from longjax.parallel import mesh
@@ -62,7 +62,7 @@ def test_a_run_leaves_its_results_behind(finished):
   assert {p.name for p in finished.iterdir()} >= {
       'config.json', 'run.json', 'metrics.jsonl', 'rollouts.jsonl',
       'tensorboard', 'checkpoints', 'data', 'tokenizer', 'model', 'evals',
-      'report.html'}
+      'prompt_stats', 'report.html'}
   assert {p.name for p in (finished / 'evals').iterdir()} == {
       '0_base.json', '1_sft.json', '2_rl.json'}
   records = tiny_recipe.metrics(finished)
@@ -84,6 +84,20 @@ def test_sft_learns_and_rl_has_a_gradient(finished):
   assert max(float(v['gap/logprob_mean']) for v in rl) < 1e-5
   before, after = (evaluation(finished, n) for n in ('1_sft', '2_rl'))
   assert before['records'] != after['records']
+
+
+def test_what_rl_saw_of_every_prompt_is_there_to_be_read(finished):
+  table = records.read(finished / 'prompt_stats' / 'rl.jsonl')
+  ids = [e.id for e in dataset.read(finished / 'data', 'rl')]
+  assert [row['id'] for row in table] == [
+      i for i in ids if i in {row['id'] for row in table}]
+  kept = records.read(finished / 'rollouts.jsonl')
+  for record in kept:
+    if record['stage'] == 'rl':
+      [row] = [row for row in table if row['id'] == record['id']]
+      assert row['visits'] >= 1 and 0.0 <= row['mean'] <= 1.0
+  last = tiny_recipe.metrics(finished)[-1]['values']
+  assert float(last['prompts/visited']) == len(table) / len(ids)
 
 
 def test_run_json_tells_device_versions_and_seconds(finished):
@@ -141,7 +155,7 @@ def test_the_exported_model_is_the_last_checkpoint(finished):
   config = tiny_recipe.config()
   abstract = run_state.abstract(
       stages.optimizer(config.stages['rl']), model, rules,
-      carried=config.stages['rl'].carried())
+      **stages.on_host(config.stages['rl'], {'num_examples': 24}))
   with checkpoint.Checkpointer(finished / 'checkpoints') as checkpoints:
     restored = checkpoints.restore_latest(abstract)
   assert restored.info['stage'] == 'rl'
@@ -295,6 +309,8 @@ def test_labels_number_evaluations_and_name_what_they_evaluate():
     ({'recipe': ('synth', 'sft', 'sft')}, "'sft' twice"),
     ({'init_from': 'x'}, 'exactly one of them'),
     ({'model': None}, 'exactly one of them'),
+    ({'stages.rl.judge': {'mode': 'inprocess'}},
+     "stages.rl.judge.mode='inprocess' asks .* set init_from"),
     ({'keep_checkpoints': 1}, 'keep_checkpoints=1 must be >= 2'),
     ({'seed': -1}, 'seed=-1'),
     ({'recipe': ('synth', 'sft'), 'job': 'rl'}, 'has no such stage'),

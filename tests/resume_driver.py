@@ -20,11 +20,11 @@ import zlib
 from longjax import main, recipe, stages, types
 from longjax.data import records
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.model import huggingface
+from longjax.model import huggingface_writing, tensor_file
 from longjax.reward import hybrid
 from longjax.rollout import continuous
 from longjax.synthesis import pipeline
-from longjax.train import checkpoint, manifest, step
+from longjax.train import checkpoint, manifest, merge_stage, step
 from tests import tiny_recipe
 
 
@@ -80,9 +80,9 @@ class Trigger:
 
     setattr(holder, name, wrapped)
 
-  def within(self, name: str):
-    """Sets the phase while a function of `stages` runs."""
-    function = getattr(stages, name)
+  def within(self, holder, name: str):
+    """Sets the phase while a function that runs a stage does."""
+    function = getattr(holder, name)
 
     @functools.wraps(function)
     def wrapped(stage, *args, **kwargs):
@@ -94,7 +94,7 @@ class Trigger:
       finally:
         self.phase = f'after {self.phase}'
 
-    setattr(stages, name, wrapped)
+    setattr(holder, name, wrapped)
 
 
 def score(example, text, *, is_finished=True):
@@ -121,8 +121,9 @@ def install(attempt):
   """Puts the trigger everywhere something can be cut in two."""
   trigger = Trigger(attempt)
   hybrid.score = score
-  for name in ('synthesise', 'evaluate', 'train'):
-    trigger.within(name)
+  for name in ('synthesise', 'evaluate', 'train', 'select'):
+    trigger.within(stages, name)
+  trigger.within(merge_stage, 'run')
   trigger.before(tokenizer_lib, 'train', 'tokenizer')
   trigger.before(pipeline, 'draw', 'draw')
   trigger.before(continuous.ContinuousBatch, '_write', 'sample')
@@ -131,7 +132,9 @@ def install(attempt):
   trigger.after(checkpoint.Checkpointer, 'save', 'saving')
   trigger.before(manifest, 'write', 'manifest')
   trigger.before(records.os, 'replace', 'replace')
-  trigger.after(huggingface, '_write_small_files', 'export')
+  # Small files are written, tensors are not; some tensors are.
+  trigger.before(huggingface_writing, '_write_tensors', 'export')
+  trigger.after(tensor_file.Writer, 'write', 'tensor')
   torn_append(trigger)
   make_update = step.make_update
 

@@ -29,7 +29,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from ml_collections import config_dict
 from tests import tiny_recipe
 def get_config(arg=''):
-  return config_dict.ConfigDict(tiny_recipe.values())
+  return config_dict.ConfigDict(tiny_recipe.values(tiny_recipe.FULL))
 """
 
 EXIT_CODES = {'SIGKILL': -9, 'SIGTERM': 143, 'SIGINT': 130}
@@ -52,7 +52,8 @@ class Moment:
 
 
 # In the order of the run. Checkpoints are saved after 2, 3 | 2, 4, 5 | 2, 4, 5
-# steps of pretrain | sft | rl.
+# | 2, 3 | 2 steps of pretrain | sft | rl | memory | rl_merged. A step of memory
+# samples four turns or more.
 MOMENTS = (
     Moment('start', 'tokenizer'),
     Moment('start', 'replace', 2),
@@ -85,8 +86,25 @@ MOMENTS = (
     Moment('rl', 'update', 1, is_newest_damaged=True),
     Moment('2_rl', 'sample', 2),
     Moment('2_rl', 'score', 16, 'SIGINT'),
-    Moment('after 2_rl', 'export'),
-    Moment('after rl', 'replace', 2),
+    Moment('memory', 'sample', 6),
+    Moment('memory', 'score', 8),
+    Moment('memory', 'update', 2),
+    Moment('memory', 'sample', 4, 'SIGTERM'),
+    Moment('memory', 'manifest'),
+    Moment('after memory', 'export'),
+    Moment('after memory', 'tensor', 8),
+    Moment('merge', 'export'),
+    Moment('merge', 'tensor', 20),
+    Moment('merge', 'replace'),
+    Moment('3_merge_agent', 'sample', 6),
+    Moment('3_merge_agent', 'score', 16),
+    Moment('chosen', 'sample', 2),
+    Moment('chosen', 'replace'),
+    Moment('rl_merged', 'sample', 2),
+    Moment('rl_merged', 'update', 2),
+    Moment('rl_merged', 'save'),
+    Moment('after rl_merged', 'export'),
+    Moment('after rl_merged', 'replace', 2),
 )
 # For every run of the tests: each of the issue's moments, SIGKILL 13 times.
 FEW = tuple(
@@ -97,8 +115,11 @@ FEW = tuple(
         ('1_sft', 'score', 'SIGKILL'), ('rl', 'sample', 'SIGKILL'),
         ('rl', 'score', 'SIGKILL'), ('rl', 'append', 'SIGKILL'),
         ('rl', 'update', 'SIGKILL'), ('rl', 'save', 'SIGKILL'),
-        ('2_rl', 'sample', 'SIGKILL'), ('2_rl', 'score', 'SIGINT'),
-        ('after 2_rl', 'export', 'SIGKILL')})
+        ('2_rl', 'score', 'SIGINT'), ('memory', 'sample', 'SIGKILL'),
+        ('memory', 'update', 'SIGKILL'), ('after memory', 'tensor', 'SIGKILL'),
+        ('merge', 'tensor', 'SIGKILL'), ('3_merge_agent', 'sample', 'SIGKILL'),
+        ('chosen', 'sample', 'SIGKILL'), ('rl_merged', 'update', 'SIGKILL'),
+        ('after rl_merged', 'export', 'SIGKILL')})
 
 
 def attempts(directory: pathlib.Path, moments, seed: int):
@@ -159,7 +180,7 @@ def check(directory: pathlib.Path, moments, seed: int, **environ: str):
   whole, killed = (
       tiny_recipe.left_behind(directory / n) for n in ('whole', 'killed'))
   assert killed.keys() == whole.keys()
-  assert 'evals/2_rl.json' in whole
+  assert 'evals/3_merge_agent.json' in whole
   for name in whole:
     assert killed[name] == whole[name], name
   return whole
@@ -172,8 +193,8 @@ def test_a_run_killed_at_many_moments_ends_with_equal_bits(tmp_path):
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
   # Equal bits would prove nothing if training did nothing.
   records = whole['metrics.jsonl']
-  assert [r['step'] for r in records] == list(range(1, 14))
-  for stage in ('pretrain', 'sft', 'rl'):
+  assert [r['step'] for r in records] == list(range(1, 19))
+  for stage in ('pretrain', 'sft', 'rl', 'memory', 'rl_merged'):
     norms = [float(r['values']['grad_norm']) for r in records
              if r['stage'] == stage]
     assert np.all(np.isfinite(norms)) and max(norms) > 1e-3, (stage, norms)
@@ -188,6 +209,7 @@ def test_a_run_killed_at_every_moment_ends_with_equal_bits(tmp_path, seed):
 def test_the_full_set_has_twelve_kills_over_all_phases():
   kills = [m for m in MOMENTS if m.signal == 'SIGKILL']
   assert len(kills) >= 12
-  assert {'synth', 'sft', 'rl', '1_sft'} <= {m.phase for m in kills}
+  assert {'synth', 'sft', 'rl', '1_sft', 'memory', 'merge',
+          'rl_merged'} <= {m.phase for m in kills}
   assert {'draw', 'sample', 'score', 'update', 'save', 'manifest'} <= {
       m.point for m in kills}

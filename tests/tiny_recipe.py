@@ -53,6 +53,36 @@ _VALUES: dict[str, Any] = {
     },
 }
 
+_MEMORY = {'part_len': 64, 'line_end_share': 0.2, 'memory_len': 12,
+           'plan_len': 4, 'wording': 'short'}
+# Changes that add the memory agent, a merge and what follows it.
+FULL: dict[str, Any] = {
+    'recipe': (*_VALUES['recipe'], 'memory', 'merge', 'agent', 'chosen',
+               'rl_merged'),
+    'stages.memory': {
+        'job': 'rl', 'steps': 3, 'num_prompts': 4, 'num_samples': 2,
+        'max_prompt_len': 280, 'max_parts': 6, 'row_lens': (384,),
+        'rollouts_every': 1, 'memory': _MEMORY, 'optimizer': _OPTIMIZER,
+        'sampler': _SAMPLER},
+    'stages.synth.examples.splits': (
+        *_VALUES['stages']['synth']['examples']['splits'],
+        {'name': 'more', 'names': 'train', 'num_per_task': 10,
+         'min_tokens': 64, 'max_tokens': 200}),
+    'stages.merge': {'job': 'merge', 'base': 'sft',
+                     'experts': ('rl', 'memory')},
+    'stages.chosen': {
+        'job': 'select', 'split': 'more', 'size': 16, 'seen': ('rl',),
+        'num_samples': 2, 'max_prompt_len': 280, 'prompts_at_once': 8,
+        'stratify': {'max_unsolved': 1.0}, 'sampler': _SAMPLER,
+        'retrospective': {'max_unsolved': 1.0}},
+    'stages.rl_merged': _VALUES['stages']['rl'] | {
+        'split': 'chosen', 'steps': 2, 'samples_at_once': 0, 'cut_tokens': 0,
+        'loss': {}},
+    'stages.agent': {
+        'job': 'evals', 'lengths': (280,), 'prompts_at_once': 8,
+        'sampler': _SAMPLER, 'memory': _MEMORY, 'max_prompt_len': 280},
+}
+
 
 def values(changes: dict[str, Any] | None = None) -> dict[str, Any]:
   """What a config file would return, with dotted keys changed."""
@@ -105,6 +135,7 @@ def left_behind(workdir: pathlib.Path) -> dict[str, Any]:
   """All that must be equal bit for bit between runs of one configuration."""
   files = ['rollouts.jsonl', 'model/model.safetensors', 'model/config.json',
            *(str(p.relative_to(workdir))
-             for p in sorted((workdir / 'evals').glob('*.json')))]
+             for pattern in ('evals/*.json', 'prompt_stats/*.jsonl')
+             for p in sorted(workdir.glob(pattern)))]
   return {'metrics.jsonl': metrics(workdir)} | {
       name: (workdir / name).read_bytes() for name in files}

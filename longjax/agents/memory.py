@@ -17,7 +17,7 @@ Nothing here knows what writes: turns are token ids, in and out.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from longjax import types
@@ -30,7 +30,8 @@ _TAG = r'(\\*)(?=/?(?:part|question|memory|plan)\b)'
 _PLAIN = re.compile(f'<{_TAG}', re.IGNORECASE)
 _ESCAPED = re.compile(rf'<\\{_TAG}', re.IGNORECASE)
 
-_EMPTY = '(empty)'
+# What stands for no memory, and for no plan.
+EMPTY = '(empty)'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,11 @@ class MemoryConfig:
       raise types.UserError(
           f'memory.line_end_share={self.line_end_share} must lie in [0, 1).')
 
+  @property
+  def least_part_len(self) -> int:
+    """Tokens of a part at least, but for the last."""
+    return max(self.part_len - int(self.part_len * self.line_end_share), 1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Notes:
@@ -135,22 +141,34 @@ class MemoryAgent:
 
     Encoded line by line, so that no more than a part and a line is held.
     """
+    return self.cut(
+        self.encode(line) for document in documents
+        for line in chat.document_text(document).splitlines(keepends=True))
+
+  def encode(self, line: str) -> list[int]:
+    """Ids of a line of a document, or of some of it, tags in it made none."""
+    return self._tokenizer.encode(_escaped(line))
+
+  def cut(self, lines: Iterable[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Cuts ids into parts.
+
+    Args:
+      lines: what `encode` returned; each is taken when a part needs it.
+    """
     waiting: list[int] = []
-    for document in documents:
-      for line in chat.document_text(document).splitlines(keepends=True):
-        waiting += self._tokenizer.encode(_escaped(line))
-        while len(waiting) > self.config.part_len:
-          end = self._cut(waiting)
-          yield tuple(waiting[:end])
-          waiting = waiting[end:]
+    for line in lines:
+      waiting += line
+      while len(waiting) > self.config.part_len:
+        end = self._cut(waiting)
+        yield tuple(waiting[:end])
+        waiting = waiting[end:]
     if waiting:
       yield tuple(waiting)
 
   def _cut(self, ids: Sequence[int]) -> int:
     """Where the part ends that these ids begin with."""
     longest = self.config.part_len
-    earliest = longest - int(longest * self.config.line_end_share)
-    for end in range(longest, max(earliest, 1) - 1, -1):
+    for end in range(longest, self.config.least_part_len - 1, -1):
       if self._is_line_end(ids[end - 1]):
         return end
     return longest
@@ -196,7 +214,7 @@ class MemoryAgent:
         *self._end]
 
   def _or_empty(self, ids: Sequence[int]) -> Sequence[int]:
-    return ids or self._tokenizer.encode(_EMPTY)
+    return ids or self._tokenizer.encode(EMPTY)
 
   def read(self, response: Sequence[int]) -> Notes:
     """The memory and the plan in a response.

@@ -22,7 +22,8 @@ class Query:
     question: what is asked.
     instruction: how to answer.
     num_parts: K, parts of the document.
-    parts: the K parts in order; read once, if there is one reader only.
+    parts: the K parts in order; read once by all who read them. Queries about
+      one document may have the same object here: their readers go together.
   """
 
   question: str
@@ -74,14 +75,19 @@ class Turn:
   Attributes:
     prompt: what was asked.
     response: what was written.
-    is_last: the response is the answer.
+    part: of the document; None if the response is the answer.
     notes: for the next turn; of the last turn those it answered from.
   """
 
   prompt: Prompt
   response: Response
-  is_last: bool
+  part: tuple[int, ...] | None
   notes: memory.Notes
+
+  @property
+  def is_last(self) -> bool:
+    """Whether the response is the answer."""
+    return self.part is None
 
 
 Generate = Callable[[Sequence[Prompt]], Sequence[Response]]
@@ -112,8 +118,9 @@ def read(
 ) -> Iterator[list[Turn]]:
   """Lets readers take turns until all have answered.
 
-  Readers of one query go together: they have taken as many turns. Those who
-  have answered take no place in later rounds.
+  Readers of one query, or of queries with the same parts, go together: they
+  have taken as many turns. Those who have answered take no place in later
+  rounds.
 
   Args:
     agent: writes prompts.
@@ -126,29 +133,35 @@ def read(
   Yields:
     The turns of a round, in the order of the readers.
   """
+  # By identity: an iterable need not be comparable.
+  document_of = [id(query.parts) for query in queries]
   streams = {}
   for reader in readers:
-    if reader.query not in streams:
+    document = document_of[reader.query]
+    if document not in streams:
       stream = iter(queries[reader.query].parts)
       for _ in range(reader.turn):
         next(stream, None)
-      streams[reader.query] = stream
+      streams[document] = stream
   while True:
     active = [r for r in readers if r.turn <= queries[r.query].num_parts]
     if not active:
       return
-    parts = {i: next(streams[i], None) for i in {r.query for r in active}}
+    of_document = {
+        document: next(streams[document], None)
+        for document in dict.fromkeys(document_of[r.query] for r in active)}
+    parts = {r.query: of_document[document_of[r.query]] for r in active}
     prompts = [
         _prompt(agent, queries[r.query], r, parts[r.query]) for r in active]
     made = []
     for reader, prompt, response in zip(
         active, prompts, generate(prompts), strict=True):
-      is_last = parts[reader.query] is None
-      if not is_last:
+      part = parts[reader.query]
+      if part is not None:
         reader.notes = agent.read(response.tokens)
       reader.turn += 1
       made.append(Turn(
-          prompt=prompt, response=response, is_last=is_last,
+          prompt=prompt, response=response, part=part,
           notes=reader.notes))
     yield made
 

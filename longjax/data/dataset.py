@@ -8,6 +8,7 @@ split=SPLIT)`; TensorFlow is not needed. The data set is written beside its
 place and renamed when complete, so what can be read is whole.
 """
 
+import bisect
 import contextlib
 import itertools
 import os
@@ -64,6 +65,82 @@ class Examples(Sequence[types.TaskExample]):
 
   def __iter__(self) -> Iterator[types.TaskExample]:
     return (self[i] for i in range(len(self)))
+
+
+class Subset(Sequence[types.TaskExample]):
+  """Some examples of a split, read when they are asked for."""
+
+  def __init__(
+      self, examples: Sequence[types.TaskExample], indices: Sequence[int]
+  ):
+    self._examples = examples
+    self._indices = tuple(indices)
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  @overload
+  def __getitem__(self, index: int) -> types.TaskExample: ...
+
+  @overload
+  def __getitem__(self, index: slice) -> list[types.TaskExample]: ...
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self._examples[i] for i in self._indices[index]]
+    return self._examples[self._indices[index]]
+
+
+def of_ids(
+    splits: Mapping[str, Sequence[types.TaskExample]],
+    chosen: Sequence[tuple[str, str]],
+) -> Sequence[types.TaskExample]:
+  """Examples by split and id, in this order; read when they are asked for."""
+  names = list(dict.fromkeys(split for split, _ in chosen))
+  place = {
+      (name, example.id): i for name in names
+      for i, example in enumerate(splits[name])}
+  starts = dict(zip(names, itertools.accumulate(
+      (len(splits[name]) for name in names), initial=0)))
+  return Subset(
+      _Joined([splits[name] for name in names]),
+      [starts[split] + place[split, example] for split, example in chosen])
+
+
+class _Joined(Sequence[types.TaskExample]):
+  """One split after the other."""
+
+  def __init__(self, parts: Sequence[Sequence[types.TaskExample]]):
+    self._parts = parts
+    self._ends = list(itertools.accumulate(map(len, parts)))
+
+  def __len__(self) -> int:
+    return self._ends[-1] if self._ends else 0
+
+  def __getitem__(self, index):
+    part = bisect.bisect_right(self._ends, index)
+    start = self._ends[part - 1] if part else 0
+    return self._parts[part][index - start]
+
+
+def of_tasks(
+    examples: Sequence[types.TaskExample], tasks: Sequence[str]
+) -> Sequence[types.TaskExample]:
+  """The examples of these tasks, in order; of all tasks if none is named.
+
+  Raises:
+    UserError: a task has no examples.
+  """
+  if not tasks:
+    return examples
+  task_of = [example.task for example in examples]
+  missing = [task for task in tasks if task not in task_of]
+  if missing:
+    raise types.UserError(
+        f'tasks={tuple(tasks)}: the split has no examples of '
+        f'{", ".join(missing)}, only of {", ".join(sorted(set(task_of)))}.')
+  return Subset(
+      examples, [i for i, task in enumerate(task_of) if task in tasks])
 
 
 def write(

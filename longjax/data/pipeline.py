@@ -5,7 +5,7 @@ seed, with an iterator state that is saved in checkpoints (see `packing`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -48,11 +48,17 @@ class SftDataConfig:
           f'seed={self.seed} of the SFT data must be in [0, 2**32).')
 
 
+# Makes of an example what is asked and what is imitated, token ids each.
+Demonstrate = Callable[
+    [types.TaskExample, np.random.Generator], tuple[list[int], list[int]]]
+
+
 def sft_batches(
     examples: Sequence[types.TaskExample],
     tokenizer: tokenizer_lib.Tokenizer,
     *,
     config: SftDataConfig,
+    demonstrate: Demonstrate | None = None,
 ) -> grain.IterDataset:
   """Endless batches of demonstrations; loss on responses only.
 
@@ -60,6 +66,7 @@ def sft_batches(
     examples: random access to what is imitated.
     tokenizer: encodes.
     config: sizes and seed.
+    demonstrate: None answers the example's prompt.
 
   Returns:
     A dataset of `rows.Rows` (NumPy, [num_rows, row_len]); see `packing`.
@@ -71,13 +78,18 @@ def sft_batches(
     raise types.UserError(
         'SFT has no examples; check the split and the length limits.')
 
+  def answer(
+      example: types.TaskExample, rng: np.random.Generator
+  ) -> tuple[list[int], list[int]]:
+    return chat.render_prompt(example, tokenizer), prompts.demonstration(
+        example, tokenizer,
+        with_reasoning=rng.random() < config.reasoning_fraction)
+
   def group(index: int, rng: np.random.Generator) -> rows.Group:
     example = examples[index]
-    result = rows.Group(
-        prompt=chat.render_prompt(example, tokenizer),
-        branches=[rows.Branch(trajectory=0, response=prompts.demonstration(
-            example, tokenizer,
-            with_reasoning=rng.random() < config.reasoning_fraction))])
+    prompt, response = (demonstrate or answer)(example, rng)
+    result = rows.Group(prompt=prompt, branches=[
+        rows.Branch(trajectory=0, response=response)])
     if result.num_tokens > config.row_len:
       raise types.UserError(
           f'SFT example {example.id!r} takes {result.num_tokens} tokens, '

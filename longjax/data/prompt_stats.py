@@ -8,12 +8,17 @@ checkpoint, so a run that is killed goes on with the same table.
 Shapes: D examples of the split, P prompts of a step, G rollouts per prompt.
 """
 
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import chex
 import numpy as np
 from flax import struct
+
+from longjax import types
+from longjax.data import records
 
 # Weight of what a visit measures in the running mean of rewards. The policy
 # moves on, so an old mean says little; one group of 8 is too noisy alone.
@@ -137,3 +142,24 @@ def table(
           'truncated': float(stats.truncated[i]),
       }
       for i in np.flatnonzero(stats.visits).tolist()]
+
+
+def write(
+    path: str | os.PathLike[str], stats: PromptStats, ids: Sequence[str]
+) -> None:
+  """Writes the table, one JSON object a line, in one rename."""
+  records.write_text(
+      path, ''.join(json.dumps(row) + '\n' for row in table(stats, ids)))
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows that `write` wrote.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  if not os.path.exists(path):
+    raise types.UserError(
+        f'{path} is gone, and what its stage saw of the prompts with it; start '
+        'anew in another --workdir.')
+  return records.read(path)

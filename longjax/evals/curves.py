@@ -41,6 +41,9 @@ def rl_charts(records: Sequence[Record]) -> list[str]:
           lines=[_line(steps, 'aepo/kept', 'kept', None, 1)],
           y_min=0.0, y_max=1.0,
           stages=_stages(steps)),
+      _chart(steps, 'Memory agent', 'share of turns',
+             [('memory/parse_failures', 'without a memory'),
+              ('memory/truncated', 'cut off')], y_min=0),
       _chart(steps, 'Speed', 'tokens per second, prompts included',
              [('time/tokens_per_second', 'tokens/s')], y_min=0),
   ])

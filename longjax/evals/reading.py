@@ -234,9 +234,28 @@ def _sample(sample: Mapping[str, Any]) -> str:
       f'<span>advantage {advantage}</span>'
       f'<span>{sample["length"]:,} tokens</span>'
       f'<span>entropy {sample["entropy"]:.2f}</span>{"".join(flags)}'
-      '</div><div>' + _written(sample['thinking'], sample['response'])
+      '</div><div>' + _turns(sample.get('turns', ()))
+      + _written(sample['thinking'], sample['response'])
       + f'<div class="muted small">graded: {_graded(sample["answer"])} '
       f'by rule {page.text(sample["rule"])}</div></div></div>')
+
+
+def _turns(turns: Sequence[Mapping[str, Any]]) -> str:
+  """What the memory agent noted after each part, and the part to unfold."""
+  made = []
+  for number, turn in enumerate(turns, start=1):
+    flag = ''
+    if not turn['is_parsed']:
+      flag = '<span class="flag">no memory tag</span>'
+    plan = turn['plan'].strip()
+    made.append(
+        f'<details><summary>part {number} of {len(turns)} {flag} → '
+        f'{page.text(turn["memory"].strip() or "(empty)")}'
+        + (f' <span class="muted">plan: {page.text(plan)}</span>'
+           if plan else '')
+        + f'</summary><div class="docs"><pre>{page.text(turn["part"])}</pre>'
+        '</div></details>')
+  return ''.join(made)
 
 
 def _answer(

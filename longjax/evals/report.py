@@ -8,6 +8,7 @@ any time, of a finished run or a running one:
   metrics.jsonl    numbers of every step
   rollouts.jsonl   rollouts kept for reading
   evals/*.json     evaluations, e.g. 0_base, 1_sft, 2_rl
+  models/*.json    merges
 
 Whatever is missing is left out.
 """
@@ -58,11 +59,12 @@ def write(
       ('rl', 'Reinforcement learning', _figures(curves.rl_charts(metrics))),
       ('sft', 'Supervised fine-tuning',
        _figures(curves.sft_charts(metrics))),
+      ('merge', 'Merge', _merges(workdir)),
       ('rollouts', 'Rollouts', reading.rollouts(
           rollouts, max_groups=max_rollouts)),
       ('answers', 'Held-out answers',
-       reading.answers(evaluations, per_task=answers_per_task)
-       if evaluations else ''),
+       ''.join(reading.answers(some, per_task=answers_per_task)
+               for _, some in tables.by_mode(evaluations))),
       ('run', 'Run', _run(config, facts, metrics)),
   ]
   sections = [s for s in sections if s[2]]
@@ -122,8 +124,12 @@ def _duration(seconds: float) -> str:
 
 
 def _result(evaluations: Sequence[tables.Evaluation]) -> str:
-  if not evaluations:
-    return ''
+  return ''.join(
+      (f'<h3>{page.text(how[0].upper() + how[1:])}</h3>' if how else '')
+      + _result_of_mode(some) for how, some in tables.by_mode(evaluations))
+
+
+def _result_of_mode(evaluations: Sequence[tables.Evaluation]) -> str:
   return (
       '<div class="panel">' + tables.headline(evaluations)
       + tables.by_task(evaluations)
@@ -135,6 +141,27 @@ def _result(evaluations: Sequence[tables.Evaluation]) -> str:
       + tables.by_length(evaluations) + '</div></div>'
       + tables.matrix(evaluations) + '<h3>Responses</h3><div class="panel">'
       + tables.health(evaluations) + '</div>')
+
+
+def _merges(workdir: pathlib.Path) -> str:
+  """What was merged, and with which coefficients."""
+  rows = []
+  for path in sorted((workdir / 'models').glob('*.json')):
+    made = _read_json(path)
+    shares = ', '.join(
+        f'{name} {share:.3f}' for name, share in zip(
+            made['experts'], made['coefficients'], strict=True))
+    how = ', '.join(f'{k} {_value(v)}' for k, v in made['merge'].items())
+    rows.append((f'{path.stem}: from {made["base"]}', shares, how))
+  if not rows:
+    return ''
+  body = ''.join(
+      f'<tr><th scope="row">{page.text(name)}</th><td>{page.text(shares)}</td>'
+      f'<td>{page.text(how)}</td></tr>' for name, shares, how in rows)
+  return (
+      '<div class="panel"><table><thead><tr><th>policy</th><th>experts, mean '
+      'coefficient of their matrices</th><th>how</th></tr></thead><tbody>'
+      f'{body}</tbody></table></div>')
 
 
 def _figures(figures: Sequence[str]) -> str:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from longjax import types
+from longjax.agents import memory as memory_lib
+from longjax.agents import rounds, sampled
 from longjax.data import prompts
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.evals import runner
+from longjax.evals import runner, scores
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import multihost
@@ -31,21 +34,32 @@ class EvalsStage:
   Attributes:
     job: marks the kind of stage.
     splits: of the data set, held out.
+    tasks: of the splits, those that are asked; none means all.
     lengths: prompt lengths in tokens that results are grouped by; each prompt
       belongs to the first that holds it, and is padded to it.
     num_samples: responses to each prompt.
     prompts_at_once: prompts whose keys and values the sampler holds.
     sampler: temperature, nucleus, cap on responses.
+    memory: documents are read in turns, by the memory agent; None asks about
+      the whole of them at once.
+    max_prompt_len: cap on the prompt of a turn in tokens, with `memory`.
   """
 
   job: Literal['evals'] = 'evals'
   splits: tuple[str, ...] = ('test',)
+  tasks: tuple[str, ...] = ()
   lengths: tuple[int, ...]
   num_samples: int = 1
   prompts_at_once: int = 32
   sampler: decode.SamplerConfig
+  memory: memory_lib.MemoryConfig | None = None
+  max_prompt_len: int = 0
 
   def __post_init__(self):
+    if (self.memory is None) != (self.max_prompt_len == 0):
+      raise types.UserError(
+          f'evals.max_prompt_len={self.max_prompt_len} is the cap on turns of '
+          f'evals.memory={self.memory}; set both or none.')
     if self.num_samples < 1:
       raise types.UserError(
           f'evals.num_samples={self.num_samples} must be >= 1.')
@@ -63,6 +77,11 @@ class EvalsStage:
   @property
   def engine(self) -> engine.EngineConfig:
     """Shapes of the sampler's programs."""
+    if self.memory is not None:
+      # Readers of a document each have a prompt of their own.
+      return engine.EngineConfig(
+          prompt_buckets=(self.max_prompt_len,),
+          prompts_at_once=self.prompts_at_once)
     return engine.EngineConfig(
         prompt_buckets=self.lengths, prompts_at_once=self.prompts_at_once,
         samples_per_prompt=self.num_samples)
@@ -82,6 +101,30 @@ def run(
     stage: EvalsStage,
     *,
     name: str,
+    seed: int,
+    workdir: pathlib.Path,
+    **facts: Any,
+) -> None:
+  """Writes the records of `answer` to evals/{name}.json."""
+  results = answer(stage, name=name, seed=seed, **facts)
+
+  def save() -> None:
+    runner.save(
+        workdir, name, results, seed=seed, facts={
+            'splits': list(stage.splits), 'num_samples': stage.num_samples,
+            'temperature': stage.sampler.temperature,
+            'top_p': stage.sampler.top_p,
+            **({} if stage.memory is None else {
+                'part_len': stage.memory.part_len,
+                'memory_len': stage.memory.memory_len})})
+
+  multihost.on_primary(save)
+
+
+def answer(
+    stage: EvalsStage,
+    *,
+    name: str,
     params: types.Params,
     examples: Mapping[str, Sequence[types.TaskExample]],
     score: runner.Score,
@@ -90,19 +133,18 @@ def run(
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
     seed: int,
-    workdir: pathlib.Path,
     progress: Callable[..., Any],
     check_stop: Callable[[], None],
     judge: judge_lib.Judge | None = None,
-) -> None:
-  """Evaluates `params` and writes evals/{name}.json.
+) -> list[scores.Record]:
+  """Lets `params` answer held-out examples, and grades what it wrote.
 
   The samples depend on (seed, prompt, number) only: evaluations before and
   after training answer the same questions with the same random numbers.
 
   Args:
     stage: its configuration.
-    name: of the result.
+    name: of the result, for the progress bar.
     params: what is evaluated.
     examples: of each split.
     score: the rules.
@@ -111,7 +153,6 @@ def run(
     rules: logical axes to mesh axes.
     compute: backends and dtype.
     seed: of the samples.
-    workdir: of the run.
     progress: `train.progress.Progress` or alike.
     check_stop: called after each batch; may raise to stop.
     judge: who is asked where rules find no match; None asks nobody.
@@ -123,7 +164,7 @@ def run(
   key = jax.random.fold_in(jax.random.key(seed), 0xE7A1)
   session = sampler.session(params)
 
-  def generate(batch, num_samples):
+  def at_once(batch, num_samples):
     rollouts = session.sample(
         batch, engine.prompt_keys(key, batch), num_samples=num_samples)
     return [[
@@ -133,6 +174,14 @@ def run(
             is_finished=bool(rollouts.is_finished[p, g]))
         for g in range(num_samples)] for p in range(len(batch))]
 
+  def read(batch, num_samples):
+    assert stage.memory is not None
+    agent = memory_lib.MemoryAgent(tokenizer, stage.memory)
+    return _read(agent, batch, num_samples, tokenizer, sampled.generate(
+        session, key, examples=[p.example for p in batch],
+        numbers=[p.number for p in batch]))
+
+  generate = at_once if stage.memory is None else read
   asked = [
       prompts.to_prompt(example, tokenizer, max_len=max(stage.lengths))
       for split in stage.splits for example in examples[split]]
@@ -142,18 +191,45 @@ def run(
       bar.advance(num_prompts)
       check_stop()
 
-    results = runner.evaluate(
+    return runner.evaluate(
         generate, grading.Grader(judge=judge, score=score),
         runner.by_length(asked, stage.lengths),
         num_samples=stage.num_samples,
         batch_size=_BATCHES_AT_ONCE * stage.prompts_at_once,
         on_batch=on_batch)
 
-  def save() -> None:
-    runner.save(
-        workdir, name, results, seed=seed, facts={
-            'splits': list(stage.splits), 'num_samples': stage.num_samples,
-            'temperature': stage.sampler.temperature,
-            'top_p': stage.sampler.top_p})
 
-  multihost.on_primary(save)
+def _read(
+    agent: memory_lib.MemoryAgent,
+    batch: Sequence[types.Prompt],
+    num_samples: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+    generate: rounds.Generate,
+) -> list[list[runner.Response]]:
+  """The memory agent's answers about the documents of prompts."""
+  queries = []
+  for prompt in batch:
+    parts = list(agent.parts(prompt.example.documents))
+    queries.append(rounds.Query(
+        question=prompt.example.question,
+        instruction=prompt.example.instruction, num_parts=len(parts),
+        parts=parts))
+  lengths = np.zeros((len(batch), num_samples), np.int64)
+  answers: dict[tuple[int, int], rounds.Response] = {}
+  for turns in rounds.read(agent, queries, generate, [
+      rounds.Reader(query=q, sample=g)
+      for q in range(len(batch)) for g in range(num_samples)]):
+    for turn in turns:
+      reader = turn.prompt.query, turn.prompt.sample
+      lengths[reader] += len(turn.response.tokens)
+      if turn.is_last:
+        answers[reader] = turn.response
+
+  def made(q: int, g: int) -> runner.Response:
+    last = answers[q, g]
+    tokens = last.tokens[:-1] if last.is_finished else last.tokens
+    return runner.Response(
+        text=tokenizer.decode(tokens), length=int(lengths[q, g]),
+        is_finished=last.is_finished)
+
+  return [[made(q, g) for g in range(num_samples)] for q in range(len(batch))]

@@ -6,7 +6,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import rich.box
@@ -27,9 +27,19 @@ def show(workdir: str | os.PathLike[str], stream: TextIO) -> None:
     stream: colours and lines on a terminal, plain text elsewhere.
   """
   evaluations = [e for e in runner.load(workdir) if e['records']]
-  if not evaluations:
-    return
-  is_terminal = stream.isatty()
+  console = rich.console.Console(
+      file=stream, width=None if stream.isatty() else _LOG_WIDTH,
+      highlight=False, markup=False)
+  for how, some in tables.by_mode(evaluations):
+    if how:
+      console.print(f'\n{how[0].upper()}{how[1:]}:')
+    console.print(_table(some, is_terminal=stream.isatty()))
+
+
+def _table(
+    evaluations: Sequence[tables.Evaluation], *, is_terminal: bool
+) -> rich.table.Table:
+  """Scores side by side, and the last gain."""
   table = rich.table.Table(
       box=rich.box.ROUNDED if is_terminal else rich.box.ASCII2)
   table.add_column('held-out reward')
@@ -51,10 +61,7 @@ def show(workdir: str | os.PathLike[str], stream: TextIO) -> None:
       cells.append(_gain(scores.gain(*pair, task=task)))
     table.add_row(
         task or 'mean over task types', *cells, end_section=task is None)
-  console = rich.console.Console(
-      file=stream, width=None if is_terminal else _LOG_WIDTH, highlight=False,
-      markup=False)
-  console.print(table)
+  return table
 
 
 def _cell(cell: Mapping[str, Any] | None) -> str:

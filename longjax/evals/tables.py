@@ -20,6 +20,24 @@ def label(name: str) -> str:
   return rest if separator and number.isdecimal() else name
 
 
+def by_mode(
+    evaluations: Sequence[Evaluation],
+) -> list[tuple[str, list[Evaluation]]]:
+  """Those that can be compared: how documents were read, and in which runs.
+
+  Returns:
+    (how in words, evaluations) where there are any; the first has no words if
+    there is no other.
+  """
+  whole = [e for e in evaluations if not e['facts'].get('part_len')]
+  in_parts = [e for e in evaluations if e['facts'].get('part_len')]
+  if not in_parts:
+    return [('', whole)] if whole else []
+  found = [('documents read as a whole', whole),
+           ('documents read part by part, by the memory agent', in_parts)]
+  return [(how, some) for how, some in found if some]
+
+
 def records(evaluation: Evaluation) -> list[scores.Record]:
   """The records of a loaded evaluation."""
   return [

@@ -231,6 +231,9 @@ def compile_facts(
     beside = memory_lib.of_tree(state.opt_state)
   else:
     beside = memory_lib.of_tree(state)
+  if isinstance(shapes.stage, rl_stage.RlStage) and (
+      shapes.stage.judge.mode == 'inprocess'):
+    beside += memory_lib.of_tree(state.params)
   if name == 'prefill':
     _, slots = _of_sampler(shapes, sampler_shapes.caches)
     beside += memory_lib.of_tree(slots)

@@ -12,7 +12,7 @@ responses are still being written: `Grader.collect` waits for the rest.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from longjax import types
@@ -132,10 +132,18 @@ class Grader:
     self._cases[key] = case
     self._judge.ask(case)
 
-  def collect(self) -> Grades:
-    """Waits for verdicts; grades of all responses since the last time."""
-    scores = {key: self._scores[key] for key in sorted(self._scores)}
-    keys = sorted(self._cases)
+  def collect(self, among: Collection[Key] | None = None) -> Grades:
+    """Waits for verdicts; grades of the responses since the last time.
+
+    Args:
+      among: only these keys; nobody waits for others, which are forgotten. A
+        judge that was asked about one goes on, and if the response is
+        submitted again may have its verdict already. None means all.
+    """
+    if among is None:
+      among = self._scores.keys()
+    scores = {key: self._scores[key] for key in sorted(among)}
+    keys = sorted(self._cases.keys() & among)
     cases = [self._cases[key] for key in keys]
     self._scores, self._cases = {}, {}
     if self._judge is None:

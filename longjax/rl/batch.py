@@ -158,11 +158,11 @@ class Plan:
   Attributes:
     aepo: the controller after this batch's decision.
     advantages: f32[N].
-    keep: bool[N], False where AEPO removed the gradient.
+    keep: bool[N], False where AEPO or the caller removed the gradient.
     token_weights: f32[N, R], loss weight of each token: one over the
       denominator, 0 where masked.
-    is_applied: bool[M], for each mini-batch: False if nothing of it was kept
-      and its step is skipped.
+    is_applied: bool[M], for each mini-batch: False if it has no response that
+      is kept, so that its step is skipped: moments and decay too.
     metrics: f32[] each.
   """
 
@@ -188,6 +188,7 @@ def plan(
     stat_ids: jax.Array,  # i32[N]
     entropy: jax.Array,  # f32[N, R]
     entropy_t1: jax.Array,  # f32[N, R]
+    keep: jax.Array | None = None,  # bool[N]
     num_groups: int,
     num_stats: int,
     num_minibatches: int = 1,
@@ -206,6 +207,8 @@ def plan(
     stat_ids: whose rewards share a deviation (the task).
     entropy: of each response token at the sampling temperature, nats.
     entropy_t1: the same at temperature 1, only logged.
+    keep: False takes a response's gradient, not its place in statistics and
+      denominators; None takes nobody's.
     num_groups: P.
     num_stats: bound of `stat_ids`.
     num_minibatches: optimizer batches, consecutive prompts each; divides P.
@@ -229,10 +232,13 @@ def plan(
       epsilon=advantage_config.epsilon, min_stat_n=advantage_config.min_stat_n)
 
   entropies = diagnostics.entropies(entropy, entropy_t1, mask)
-  control = entropies[aepo_config.entropy_agg].mean()
+  # A batch of nothing has no entropy, which the controller passes over.
+  control = jnp.where(
+      jnp.any(valid), entropies[aepo_config.entropy_agg].mean(), jnp.nan)
   aepo = entropy_control.update(aepo, control, config=aepo_config)
-  keep = valid & entropy_control.keep(
+  is_kept = valid & entropy_control.keep(
       aepo, output.advantages, rewards, config=aepo_config)
+  keep = is_kept if keep is None else is_kept & keep
   keep_tokens = clipping.keep_tokens(
       entropy, mask, output.advantages, method=clip_config.method,
       token_fraction=clip_config.token_fraction,
@@ -257,15 +263,11 @@ def plan(
       'advantage/zero_groups': output.frac_zero_groups,
       'advantage/singleton_groups': output.num_singleton_groups,
       'advantage/fallbacks': output.num_fallbacks,
-      'length/mean': jnp.sum(lengths) / jnp.maximum(jnp.sum(valid), 1),
   }
   return Plan(
       aepo=aepo, advantages=output.advantages, keep=keep,
       token_weights=weights[:, None] * keep_tokens * mask,
-      is_applied=~jax.vmap(
-          functools.partial(entropy_control.is_skipped, aepo))(
-              keep.reshape(num_minibatches, -1),
-              valid.reshape(num_minibatches, -1)),
+      is_applied=jnp.any(keep.reshape(num_minibatches, -1), axis=1),
       metrics=metrics)
 
 

@@ -210,15 +210,6 @@ def keep(
   return (state.mode == Mode.FULL) | is_positive
 
 
-def is_skipped(
-    state: AepoState,
-    kept: jax.Array,  # bool[N]
-    valid: jax.Array,  # bool[N]
-) -> jax.Array:  # bool[]
-  """True if POS kept nothing: skip the optimiser, moments and decay too."""
-  return (state.mode == Mode.POS) & ~jnp.any(kept & valid)
-
-
 def check_baseline(state: AepoState, config: AepoConfig) -> None:
   """Host check of an absolute band against the measured entropy.
 

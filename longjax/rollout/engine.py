@@ -240,6 +240,8 @@ class Session:
       begun: types.Rollouts | None = None,
       max_lens: np.ndarray | None = None,  # i32[P, G]
       should_cut: Callable[[types.Rollouts], bool] = lambda rollouts: False,
+      on_end: Callable[[types.Rollouts, int, int], None] = (
+          lambda rollouts, p, g: None),
   ) -> types.Rollouts:
     """Samples responses; result row i belongs to `prompts[i]`.
 
@@ -254,16 +256,25 @@ class Session:
       max_lens: a cap for each sample below the sampler's, `begun` included.
       should_cut: asked now and then with what there is so far; True ends the
         call and leaves samples unfinished.
+      on_end: called once for every sample that has ended, with what there is
+        so far, its prompt's index and its number: at once for those that had
+        ended in `begun`, for others as soon as they do. It keeps the devices
+        waiting.
 
     Returns:
       NumPy rollouts [P, G, R].
     """
     out = self._start(prompts, num_samples, begun)
+    caps = self._caps(out, max_lens)
+    for p, g in np.argwhere(out.lengths >= caps).tolist():
+      on_end(out, p, g)
     pieces = self._run(
-        prompts, keys, out, max_lens=max_lens, max_steps=_MAX_STEPS,
+        prompts, keys, out, caps=caps, max_steps=_MAX_STEPS,
         should_cut=lambda: should_cut(out))
     for piece in pieces:
       _add(out, piece)
+      if piece.is_last:
+        on_end(out, piece.prompt, piece.sample)
     return out
 
   def generate(
@@ -280,13 +291,25 @@ class Session:
       makes text of them.
     """
     out = self._start(prompts, num_samples, None)
-    for piece in self._run(prompts, keys, out, max_steps=_STREAM_STEPS):
+    pieces = self._run(
+        prompts, keys, out, caps=self._caps(out, None),
+        max_steps=_STREAM_STEPS)
+    for piece in pieces:
       last = piece.tokens.size - 1
       for i, (token, logprob) in enumerate(zip(piece.tokens, piece.logprobs)):
         yield Token(
             prompt=piece.prompt, sample=piece.sample, token=int(token),
             logprob=float(logprob), is_stop=piece.is_stopped and i == last,
             is_last=piece.is_last and i == last)
+
+  def forget(self) -> None:
+    """Gives up what has been read.
+
+    What is written from here on is bit for bit what a new session writes.
+    Else it may differ in the last bits of its scores: what is reused was
+    perhaps read beside something else.
+    """
+    self._batch = None
 
   def _start(
       self,
@@ -319,6 +342,17 @@ class Session:
         is_finished=np.zeros(shape, bool), expert_ids=expert_ids,
         prompt_expert_ids=prompt_expert_ids)
 
+  def _caps(
+      self,
+      out: types.Rollouts,
+      max_lens: np.ndarray | None,  # i32[P, G]
+  ) -> np.ndarray:  # i64[P, G]
+    """How long each sample may get; one that ended writes nothing more."""
+    caps = np.full(out.lengths.shape, self._sampler.max_response_len)
+    if max_lens is not None:
+      caps = np.minimum(caps, max_lens)
+    return np.where(out.is_finished, out.lengths, caps)
+
   def _run(
       self,
       prompts: Sequence[types.Prompt],
@@ -326,7 +360,7 @@ class Session:
       out: types.Rollouts,
       *,
       max_steps: int,
-      max_lens: np.ndarray | None = None,
+      caps: np.ndarray,  # i64[P, G]
       should_cut: Callable[[], bool] = lambda: False,
   ) -> Iterator[continuous.Piece]:
     """What is written, bucket by bucket."""
@@ -337,19 +371,14 @@ class Session:
     self._is_running = True
     try:
       yield from self._run_buckets(
-          prompts, keys, out, max_steps=max_steps, max_lens=max_lens,
+          prompts, keys, out, max_steps=max_steps, caps=caps,
           should_cut=should_cut)
     finally:
       self._is_running = False
 
   def _run_buckets(
-      self, prompts, keys, out, *, max_steps, max_lens, should_cut
+      self, prompts, keys, out, *, max_steps, caps, should_cut
   ) -> Iterator[continuous.Piece]:
-    caps = np.full(out.lengths.shape, self._sampler.max_response_len)
-    if max_lens is not None:
-      caps = np.minimum(caps, max_lens)
-    # An ended sample may write nothing more.
-    caps = np.where(out.is_finished, out.lengths, caps)
     by_bucket: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
       by_bucket.setdefault(self._bucket_of(prompt), []).append(i)

@@ -267,6 +267,10 @@ class StopSignal:
     asked, self._asked = self._asked, multihost.maximum(self.number or 0)
     return asked is not None and int(asked) > 0
 
+  def agree_now(self) -> bool:
+    """The same, waiting for what all know now; for where devices are idle."""
+    return int(multihost.maximum(self.number or 0)) > 0
+
   def settle(self) -> None:
     """Gives all processes, stopped together, the signal that stopped them."""
     self.number = int(multihost.maximum(self.number or 0)) or None

@@ -18,12 +18,10 @@ the same shape.
 B rows, T positions of a forward pass.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -59,11 +57,6 @@ def check(
         f'{name}.rows_at_once={config.rows_at_once} does not divide over the '
         f'{shards} data shards of mesh {dict(rules.mesh.shape)}; use a '
         f'multiple of {shards}, or 0 for one each.')
-
-
-def freeze(params: types.Params) -> types.Params:
-  """A copy, placed as the original, which training may donate."""
-  return jax.jit(functools.partial(jax.tree.map, jnp.copy))(params)
 
 
 def case_tokens(
@@ -103,8 +96,8 @@ class InprocessJudge:
     """Compiles nothing yet.
 
     Args:
-      params: which stay as they are; a step of training would donate its own,
-        see `freeze`.
+      params: which stay as they are, so not those of training, which a step
+        donates.
       config: shapes of the forward pass.
       model: sizes of the network.
       tokenizer: of the model.

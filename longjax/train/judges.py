@@ -1,6 +1,6 @@
 """The judge of a stage, by its configuration and for all processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from longjax import types
@@ -16,7 +16,7 @@ def make(
     config: grading.JudgeConfig,
     context: run_state.Context,
     *,
-    params: types.Params,
+    initial: Callable[[], types.Params],
 ) -> judge_lib.Judge | None:
   """The judge that is asked; None under 'none'.
 
@@ -26,8 +26,9 @@ def make(
   Args:
     config: who is asked.
     context: of the run.
-    params: of the policy that the run began with, which 'inprocess' copies;
-      after a restart the same ones, or verdicts change.
+    initial: makes the parameters that the run began with, after a restart the
+      same ones, or verdicts change. Only 'inprocess' has use for them: it
+      keeps them for itself, so nothing may donate them.
 
   Raises:
     UserError: the server does not answer, or shapes do not fit the mesh.
@@ -39,9 +40,9 @@ def make(
       return SharedJudge(config, context)
     case 'inprocess':
       return inprocess_judge.InprocessJudge(
-          inprocess_judge.freeze(params), config=config.inprocess,
-          model=context.model, tokenizer=context.tokenizer,
-          rules=context.rules, compute=context.compute)
+          initial(), config=config.inprocess, model=context.model,
+          tokenizer=context.tokenizer, rules=context.rules,
+          compute=context.compute)
 
 
 class SharedJudge:

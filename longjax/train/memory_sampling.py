@@ -17,9 +17,8 @@ import jax
 import numpy as np
 
 from longjax import rows, types
-from longjax.agents import memory, rounds
-from longjax.data import dataset, prompts, task_balance
-from longjax.rollout import engine as engine_lib
+from longjax.agents import memory, rounds, sampled
+from longjax.data import prompts, task_balance
 from longjax.train import partial, rl_stage, run_state, sampling
 
 
@@ -31,7 +30,7 @@ class MemoryTurns:
       context: run_state.Context,
       stage: rl_stage.RlStage,
       *,
-      examples: dataset.Examples,
+      examples: Sequence[types.TaskExample],
       balance: task_balance.TaskBalancedSampler,
       name: str,
   ):
@@ -48,21 +47,30 @@ class MemoryTurns:
   def __call__(
       self, params: types.Params, stage_step: int,
       carried: partial.Carried | None = None,
+      *, submit: sampling.Submit,
   ) -> sampling.Sampled:
     """See `sampling.Sampler`."""
     assert carried is None
     stage = self._stage
-    chosen = [
-        self._examples[int(i)] for i in self._balance.batch(stage_step)]
+    drawn = self._balance.batch(stage_step)
+    chosen = [self._examples[int(i)] for i in drawn]
     queries = [self._query(example) for example in chosen]
     session = self.engine.session(params)
+    of_step = jax.random.fold_in(self._context.key(self._name), stage_step)
     turns: list[rounds.Turn] = []
     for taken in rounds.read(
-        self._agent, queries,
-        self._generate(session, chosen, stage_step),
+        self._agent, queries, sampled.generate(
+            session, of_step, examples=chosen,
+            numbers=[prompts.number(example.id) for example in chosen]),
         [rounds.Reader(query=p, sample=g)
          for p in range(len(chosen)) for g in range(stage.num_samples)]):
       turns += taken
+      # Short documents are graded while long ones are still read.
+      for turn in taken:
+        if turn.is_last:
+          p, g = turn.prompt.query, turn.prompt.sample
+          submit((p, g), chosen[p], self._text(turn.response),
+                 is_finished=turn.response.is_finished)
     by_trajectory = [
         [turn for turn in turns
          if (turn.prompt.query, turn.prompt.sample) == reader]
@@ -73,7 +81,7 @@ class MemoryTurns:
                 example=example, number=prompts.number(example.id),
                 tokens=by_trajectory[p * stage.num_samples][0].prompt.tokens)
             for p, example in enumerate(chosen)],
-        rollouts=self._rollouts(by_trajectory),
+        example=drawn, rollouts=self._rollouts(by_trajectory),
         texts=[self._text(taken[-1].response) for taken in by_trajectory],
         groups=groups(by_trajectory, num_samples=stage.num_samples),
         metrics=session.stats.metrics() | metrics(turns), turns=turns)
@@ -89,31 +97,6 @@ class MemoryTurns:
     return rounds.Query(
         question=example.question, instruction=example.instruction,
         num_parts=len(parts), parts=parts)
-
-  def _generate(
-      self, session: engine_lib.Session,
-      chosen: Sequence[types.TaskExample], stage_step: int,
-  ) -> rounds.Generate:
-    """Writes with the policy; randomness depends on reader and turn alone."""
-    of_step = jax.random.fold_in(
-        self._context.key(self._name), stage_step)
-
-    def generate(asked: Sequence[rounds.Prompt]) -> list[rounds.Response]:
-      given = [
-          types.Prompt(
-              example=chosen[prompt.query], tokens=prompt.tokens,
-              number=prompts.number(chosen[prompt.query].id))
-          for prompt in asked]
-      reader_and_turn = np.asarray(
-          [(p.sample, p.turn) for p in asked], np.uint32)
-      keys = jax.vmap(
-          lambda x: jax.random.fold_in(
-              jax.random.fold_in(of_step, x[0]), x[1]))(reader_and_turn)
-      written = session.sample(
-          given, engine_lib.prompt_keys(keys, given), num_samples=1)
-      return [_response(written, i) for i in range(len(asked))]
-
-    return generate
 
   def _rollouts(
       self, by_trajectory: Sequence[Sequence[rounds.Turn]]
@@ -147,20 +130,6 @@ class MemoryTurns:
     tokens = response.tokens
     return self._context.tokenizer.decode(
         tokens[:-1] if response.is_finished else tokens)
-
-
-def _response(written: types.Rollouts, i: int) -> rounds.Response:
-  """The only response to prompt `i`."""
-  length = int(written.lengths[i, 0])
-
-  def of(values):
-    return np.asarray(values[i, 0, :length])
-
-  return rounds.Response(
-      tokens=of(written.tokens).tolist(),
-      is_finished=bool(written.is_finished[i, 0]),
-      logprobs=of(written.logprobs), entropy=of(written.entropy),
-      entropy_t1=of(written.entropy_t1))
 
 
 def groups(

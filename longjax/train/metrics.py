@@ -109,6 +109,7 @@ class Sample:
     entropy: mean over its tokens, nats.
     is_finished: it ended with the stop token.
     is_kept: False if AEPO masked it.
+    turns: of the memory agent, before the answer; none if it did not read.
   """
 
   text: str
@@ -118,6 +119,24 @@ class Sample:
   entropy: float
   is_finished: bool = True
   is_kept: bool = True
+  turns: Sequence['Turn'] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+  """What the memory agent noted of a part.
+
+  Attributes:
+    part: text of the part.
+    memory: text carried on.
+    plan: text carried on.
+    is_parsed: False if there was no memory between tags.
+  """
+
+  part: str
+  memory: str
+  plan: str
+  is_parsed: bool
 
 
 class RolloutWriter:
@@ -129,7 +148,8 @@ class RolloutWriter:
     step, stage, id, task, kind, prompt, question, instruction, gold,
     documents: [{title, text, evidence: [[start, end], ...]}, ...],
     samples: [{thinking, response, answer, rule, reward, advantage, length,
-               entropy, is_finished, is_kept}, ...]
+               entropy, is_finished, is_kept,
+               turns: [{part, memory, plan, is_parsed}, ...]}, ...]
 
   `response` is the text after the thinking span, `answer` what was graded.
   """
@@ -216,4 +236,5 @@ def _sample(sample: Sample) -> dict[str, Any]:
       'entropy': float(sample.entropy),
       'is_finished': bool(sample.is_finished),
       'is_kept': bool(sample.is_kept),
+      'turns': [dataclasses.asdict(turn) for turn in sample.turns],
   }

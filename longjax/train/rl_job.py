@@ -1,7 +1,8 @@
 """Reinforcement learning: sample, grade, decide, update.
 
   prompts   --sampling-->        rollouts    G responses each, prefilled once
-  rollouts  --reward.hybrid-->   rewards     f32[N]
+  rollouts  --reward.grading-->  scores      meanwhile, as responses end
+  scores    --graded-->          rewards     f32[N], of what is trained on
   rows      --score-->           old log-probabilities, entropies
   all       --rl.batch.plan-->   advantages, AEPO decision, token weights
   rows      --update-->          a better policy
@@ -10,7 +11,6 @@ Shapes: P prompts, G rollouts per prompt, N = P * G responses, R response
 tokens, B rows, T positions.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from longjax import rows, types
-from longjax.data import dataset, task_balance
+from longjax.data import prompt_stats, task_balance
 from longjax.parallel import multihost
-from longjax.rl import batch, entropy_control
+from longjax.reward import grading
+from longjax.reward import judge as judge_lib
+from longjax.rl import batch, entropy_control, overlong
 from longjax.rl import loss as loss_lib
+from longjax.train import graded as graded_lib
 from longjax.train import (
+  kept_rollouts,
   memory_sampling,
   partial,
   progress,
@@ -33,25 +37,10 @@ from longjax.train import (
   run_state,
   sampling,
 )
-from longjax.train import metrics as metrics_lib
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import step as step_lib
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Graded:
-  """Rollouts and their grades, on the host.
-
-  Attributes:
-    sampled: the rollouts.
-    scores: N; None of what is carried over.
-    rewards: f32[N], what is trained on.
-  """
-
-  sampled: sampling.Sampled
-  scores: list[types.Score | None]
-  rewards: np.ndarray
-
+PROMPT_STATS_FOLDER = 'prompt_stats'
 
 Score = Callable[..., types.Score]
 
@@ -97,15 +86,21 @@ def _stratum(example: types.TaskExample) -> tuple[str, bool]:
 
 
 class RlJob:
-  """The compiled programs and data of one stage; `step` is the recipe."""
+  """The compiled programs and data of one stage; `step` is the recipe.
+
+  Attributes:
+    engine: what writes.
+    ids: of the examples.
+  """
 
   def __init__(
       self,
       context: run_state.Context,
       stage: rl_stage.RlStage,
       *,
-      examples: dataset.Examples,
+      examples: Sequence[types.TaskExample],
       score: Score,
+      judge: judge_lib.Judge | None = None,
       name: str = 'rl',
   ):
     """Prepares a stage.
@@ -114,15 +109,20 @@ class RlJob:
       context: of the run.
       stage: its configuration.
       examples: what prompts are made of.
-      score: grades (example, response text, is_finished=) -> Score.
+      score: the rules: (example, response text, is_finished=) -> Score.
+      judge: who is asked where they find no match; its owner closes it.
       name: of the stage; its samples depend on it.
     """
     rl_stage.check(stage, context)
     self._context = context
     self._name = name
     self._stage = stage
-    self._score_response = score
-    strata = [_stratum(example) for example in examples]  # Reads all once.
+    self._make_grader = functools.partial(
+        grading.Grader, judge=judge, score=score)
+    # Reads all once.
+    of_example = [(example.id, _stratum(example)) for example in examples]
+    self.ids = [name for name, _ in of_example]
+    strata = [stratum for _, stratum in of_example]
     self._strata = sorted(set(strata))
     task_of = [task for task, _ in strata]
     self._tasks = sorted(set(task_of))
@@ -132,7 +132,7 @@ class RlJob:
     self._sample: sampling.Sampler = sampler(
         context, stage, examples=examples, name=name,
         balance=task_balance.TaskBalancedSampler(
-            task_of, batch_size=stage.num_prompts, seed=context.seed))
+            task_of, batch_size=stage.num_asked, seed=context.seed))
     self.engine = self._sample.engine
 
     def stage_loss(params, packed, extras):
@@ -152,8 +152,11 @@ class RlJob:
       self, state: run_state.RunState, stage_step: int, global_step: int
   ) -> run_state.StepResult:
     """One batch: rollouts, grades, the AEPO decision, the update(s)."""
-    stage = self._stage
-    graded = self.rollout(state.train.params, stage_step, state.carried)
+    stage, context = self._stage, self._context
+    asked = self.rollout(state.train.params, stage_step, state.carried)
+    stats = self._seen(state.prompt_stats, asked)
+    graded = graded_lib.to_train(
+        asked, stage, seed=context.seed, step=stage_step)
     packed = self._minibatches(graded)
     entropy, entropy_t1, old_logprobs = self._measure(
         state.train.params, graded, packed)
@@ -175,16 +178,22 @@ class RlJob:
             train, part.micro_batches, extras, is_applied)
         in_a_row.append(values['skipped_in_a_row'])
     if stage_step % stage.rollouts_every == 0 or stage_step == stage.steps - 1:
-      self._write_rollouts(graded, plan, global_step, stage_step)
+      kept_rollouts.write(
+          context, graded, plan, asked=asked, name=self._name,
+          tasks=self._tasks, turn=stage_step // stage.rollouts_every,
+          global_step=global_step)
     entropy_control.check_baseline(plan.aepo, stage.aepo)
     # Of several updates the last one's values are logged, but a bad one
     # before it must not go unseen.
     values['skipped_in_a_row'] = functools.reduce(jnp.maximum, in_a_row)
     return run_state.StepResult(
         state=run_state.RunState(
-            train=train, aepo=plan.aepo, carried=graded.sampled.carried),
-        values=(plan.metrics | values | self._task_metrics(graded, entropy)
-                | dict(graded.sampled.metrics)
+            train=train, aepo=plan.aepo, carried=graded.sampled.carried,
+            prompt_stats=stats),
+        values=(plan.metrics | values | graded_lib.sampled_metrics(asked)
+                | graded_lib.entropy_metrics(graded, entropy)
+                | dict(asked.metrics) | dict(graded.metrics)
+                | dict(graded.sampled.metrics) | prompt_stats.metrics(stats)
                 | {'aepo/skipped_steps': jnp.sum(~plan.is_applied)}
                 | batch.padding(packed)),
         num_tokens=stage.num_epochs * sum(p.num_needed for p in packed))
@@ -194,28 +203,22 @@ class RlJob:
       params: types.Params,
       stage_step: int,
       carried: partial.Carried | None = None,
-  ) -> Graded:
+  ) -> graded_lib.Graded:
     """Samples and grades the responses of a step; see `sampling.Sampler`."""
-    sampled = self._sample(params, stage_step, carried)
-    rollouts, num_samples = sampled.rollouts, self._stage.num_samples
-    scores = [
-        self._score_response(
-            sampled.prompts[i // num_samples].example, text,
-            is_finished=bool(is_finished)) if length else None
-        for i, (text, length, is_finished) in enumerate(zip(
-            sampled.texts, rollouts.lengths.reshape(-1),
-            rollouts.is_finished.reshape(-1), strict=True))]
-    rewards = np.asarray([s.reward if s else 0.0 for s in scores], np.float32)
-    if self._stage.shuffle_rewards:
-      rng = np.random.default_rng((self._context.seed, stage_step))
-      is_trained = rollouts.lengths.reshape(-1) > 0
-      rewards[is_trained] = rng.permutation(rewards[is_trained])
-    return Graded(sampled=sampled, scores=scores, rewards=rewards)
+    grader = self._make_grader()
+    sampled = self._sample(params, stage_step, carried, submit=grader.submit)
+    lengths = sampled.rollouts.lengths
+    grades = grader.collect(list(map(tuple, np.argwhere(lengths > 0).tolist())))
+    scores = [grades.scores.get(key) for key in np.ndindex(*lengths.shape)]
+    return graded_lib.Graded(
+        sampled=sampled, scores=scores, metrics=grades.metrics,
+        rewards=np.asarray(
+            [s.reward if s else 0.0 for s in scores], np.float32))
 
   def plan(
       self,
       aepo: entropy_control.AepoState,
-      graded: Graded,
+      graded: graded_lib.Graded,
       entropy: np.ndarray,  # f32[N, R]
       entropy_t1: np.ndarray,  # f32[N, R]
   ) -> batch.Plan:
@@ -227,17 +230,20 @@ class RlJob:
     return batch.plan(
         aepo,
         rewards=jnp.asarray(graded.rewards),
-        lengths=jnp.asarray(graded.sampled.rollouts.lengths.reshape(-1)),
+        lengths=jnp.asarray(graded.lengths),
         group_ids=jnp.repeat(jnp.arange(num_prompts), num_samples),
         stat_ids=jnp.repeat(jnp.asarray(stat_ids), num_samples),
         entropy=jnp.asarray(entropy), entropy_t1=jnp.asarray(entropy_t1),
+        keep=overlong.keep(
+            jnp.asarray(graded.lengths), jnp.asarray(graded.is_finished),
+            config=stage.overlong),
         num_groups=num_prompts, num_stats=len(self._strata),
         num_minibatches=stage.num_minibatches,
         advantage_config=stage.advantage, aepo_config=stage.aepo,
         clip_config=stage.clip, loss_norm=stage.loss.loss_norm)
 
   def _measure(
-      self, params: types.Params, graded: Graded,
+      self, params: types.Params, graded: graded_lib.Graded,
       packed: Sequence[batch.Packed],
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Entropies (at the temperature, at 1) and log-probabilities, [N, R]."""
@@ -262,7 +268,18 @@ class RlJob:
     return (by_response('entropy'), by_response('entropy_t1'),
             by_response('logprobs'))
 
-  def _minibatches(self, graded: Graded) -> list[batch.Packed]:
+  def _seen(
+      self, stats: prompt_stats.PromptStats | None, asked: graded_lib.Graded
+  ) -> prompt_stats.PromptStats:
+    """What is known of prompts after a step."""
+    shape = asked.sampled.rollouts.lengths.shape
+    return prompt_stats.update(
+        stats or prompt_stats.nothing(len(self.ids)),
+        examples=asked.sampled.example, rewards=asked.rewards.reshape(shape),
+        lengths=asked.lengths.reshape(shape),
+        is_finished=asked.is_finished.reshape(shape))
+
+  def _minibatches(self, graded: graded_lib.Graded) -> list[batch.Packed]:
     """Rows of each optimizer batch, in order."""
     stage = self._stage
     groups = graded.sampled.groups
@@ -273,64 +290,6 @@ class RlJob:
             row_lens=stage.row_lens,
             num_rows=rl_stage.rows_at_once(stage, self._context.rules))
         for start in range(0, len(groups), size)]
-
-  def _task_metrics(
-      self,
-      graded: Graded,
-      entropy: np.ndarray,  # f32[N, R]
-  ) -> dict[str, float]:
-    """Mean reward and entropy by task, and how responses ended."""
-    rollouts, asked = graded.sampled.rollouts, graded.sampled.prompts
-    lengths = rollouts.lengths
-    is_trained = lengths.reshape(-1) > 0
-    rewards = np.asarray([s.reward for s in graded.scores if s])
-    # Values past a response's end are 0.
-    entropies = (entropy.sum(axis=1)[is_trained]
-                 / lengths.reshape(-1)[is_trained])
-    tasks = np.repeat(
-        [p.example.task for p in asked], lengths.shape[1])[is_trained]
-    present = [t for t in self._tasks if (tasks == t).any()]
-    by_task = {f'reward/{t}': rewards[tasks == t].mean() for t in present}
-    return by_task | {
-        f'entropy_by_task/{t}': entropies[tasks == t].mean() for t in present
-    } | {
-        'reward/mean': np.mean(list(by_task.values())),
-        'length/truncated': (
-            1.0 - rollouts.is_finished[lengths > 0].mean()),
-    }
-
-  def _write_rollouts(
-      self, graded: Graded, plan: batch.Plan, global_step: int,
-      stage_step: int,
-  ) -> None:
-    """Keeps all responses to one prompt, tasks taking turns."""
-    turn = stage_step // self._stage.rollouts_every
-    num_tasks = len(self._tasks)
-
-    def places_off(p: int) -> int:
-      task = self._tasks.index(graded.sampled.prompts[p].example.task)
-      return (task - turn) % num_tasks
-
-    # A batch of fewer prompts than tasks may lack the one whose turn it is.
-    trained = np.flatnonzero(graded.sampled.rollouts.lengths.any(axis=1))
-    p = min(trained.tolist(), key=places_off)
-    num_samples = graded.sampled.rollouts.lengths.shape[1]
-    advantages, keep = jax.device_get((plan.advantages, plan.keep))
-    samples = []
-    for g in range(num_samples):
-      i, length = p * num_samples + g, graded.sampled.rollouts.lengths[p, g]
-      score = graded.scores[i]
-      assert score is not None
-      samples.append(metrics_lib.Sample(
-          text=graded.sampled.texts[i], score=score,
-          advantage=float(advantages[i]), length=int(length),
-          entropy=float(graded.sampled.rollouts.entropy[p, g].sum() / length),
-          is_finished=bool(graded.sampled.rollouts.is_finished[p, g]),
-          is_kept=bool(keep[i])))
-    prompt = graded.sampled.prompts[p]
-    self._context.rollouts.write(
-        global_step, self._name, prompt.example, samples,
-        prompt_text=self._context.tokenizer.decode(prompt.tokens))
 
 
 def _by_response(values: jax.Array) -> np.ndarray:
@@ -344,13 +303,25 @@ def run(
     state: run_state.RunState,
     place: run_state.Place,
     *,
-    examples: dataset.Examples,
+    examples: Sequence[types.TaskExample],
     score: Score,
+    judge: judge_lib.Judge | None = None,
 ) -> tuple[run_state.RunState, run_state.Place]:
-  """Trains one stage of reinforcement learning; see `run_state.run_stage`."""
+  """Trains one stage of reinforcement learning; see `run_state.run_stage`.
+
+  At its end WORKDIR/prompt_stats/STAGE.jsonl says how each prompt went.
+  """
   job = RlJob(
-      context, stage, examples=examples, score=score, name=place.stage)
-  return run_state.run_stage(
+      context, stage, examples=examples, score=score, judge=judge,
+      name=place.stage)
+  state, place = run_state.run_stage(
       context, state, place, num_steps=stage.steps, step=job.step,
-      data_state=lambda: None,
+      # What a restart has to know of the examples.
+      data_state=lambda: {'num_examples': len(examples)},
       line=functools.partial(progress.rl_line, name=place.stage))
+  path = context.workdir / PROMPT_STATS_FOLDER / f'{place.stage}.jsonl'
+  stats = state.prompt_stats
+  assert stats is not None
+  multihost.on_primary(lambda: prompt_stats.write(path, stats, job.ids))
+  context.publish()
+  return state, place

@@ -8,12 +8,14 @@ from longjax import types
 from longjax.agents import memory as memory_lib
 from longjax.parallel import rules as rules_lib
 from longjax.parallel import token_order
+from longjax.reward import grading
 from longjax.rl import advantage as advantage_lib
 from longjax.rl import clipping, entropy_control
 from longjax.rl import loss as loss_lib
+from longjax.rl import overlong as overlong_lib
 from longjax.rollout import decode, engine
+from longjax.train import inprocess_judge, partial, run_state
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import partial, run_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,12 @@ class RlStage:
     job: marks the kind of stage.
     steps: batches of rollouts.
     split: of the data set, where prompts come from.
-    num_prompts: P, balanced over tasks.
+    tasks: of the split, those that are asked; none means all.
+    num_prompts: P, trained on at once, balanced over tasks.
     num_samples: G.
+    oversample: prompts sampled for each one trained on, see
+      `data.dynamic_sampling`; 3 is usual, 1 trains on all. Sampling a step
+      takes as many times longer, but no more memory of the devices.
     prompts_at_once: prompts whose keys and values the sampler holds; 0 means
       all P, or P * G with `memory`.
     samples_at_once: responses being written at a time; 0 means those of the
@@ -51,6 +57,9 @@ class RlStage:
     aepo: see there.
     clip: clipping of negative gradients, see there.
     loss: see there.
+    judge: who is asked where the rule finds no match, while other responses
+      are still being written. See `reward.grading`.
+    overlong: what is done about responses near their cap, and cut by it.
     entropy_source: 'trainer_forward' scores the rows once before the update,
       which also gives old log-probabilities; 'sampler' trusts what the sampler
       returned and saves that pass, unless an older policy began a response.
@@ -62,7 +71,8 @@ class RlStage:
     replay_experts: of a mixture of experts: the trainer sends tokens where
       the sampler did, so that rounding does not make them two policies
       (arXiv:2510.11370). Every process holds P * (S + G * R) * L * A bytes of
-      them: 24 GiB for 128 prompts of 30B-A3B at 120K + 8 x 50K tokens.
+      them: 24 GiB for 128 prompts of 30B-A3B at 120K + 8 x 50K tokens,
+      `oversample` times.
     shuffle_rewards: a control: rewards are permuted over the batch, so that
       they carry no signal.
     rollouts_every: steps between prompts whose responses are kept to read.
@@ -71,8 +81,10 @@ class RlStage:
   job: Literal['rl'] = 'rl'
   steps: int
   split: str = 'rl'
+  tasks: tuple[str, ...] = ()
   num_prompts: int = 128
   num_samples: int = 8
+  oversample: int = 1
   prompts_at_once: int = 0
   samples_at_once: int = 0
   chunk_len: int = 2048
@@ -89,6 +101,8 @@ class RlStage:
   aepo: entropy_control.AepoConfig = entropy_control.AepoConfig()
   clip: clipping.NegativeClipConfig = clipping.NegativeClipConfig()
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
+  judge: grading.JudgeConfig = grading.JudgeConfig()
+  overlong: overlong_lib.OverlongConfig = overlong_lib.OverlongConfig()
   entropy_source: Literal['trainer_forward', 'sampler'] = 'trainer_forward'
   memory: memory_lib.MemoryConfig | None = None
   max_parts: int = 4
@@ -98,7 +112,7 @@ class RlStage:
 
   def __post_init__(self):
     for name in ('steps', 'num_prompts', 'max_prompt_len', 'num_minibatches',
-                 'num_epochs', 'rollouts_every', 'max_parts'):
+                 'num_epochs', 'rollouts_every', 'max_parts', 'oversample'):
       if getattr(self, name) < 1:
         raise types.UserError(f'rl.{name}={getattr(self, name)} must be >= 1.')
     for name in ('rows_at_once', 'prompts_at_once', 'samples_at_once',
@@ -133,6 +147,18 @@ class RlStage:
           "rl.loss.objective='off_policy'.")
     if self.is_cut:
       self._check_cut()
+    if self.oversample > 1 and self.shuffle_rewards:
+      # What true rewards choose is a signal.
+      raise types.UserError(
+          f'rl.oversample={self.oversample} chooses prompts by their rewards '
+          'and does not go with rl.shuffle_rewards=True, which is to train on '
+          'no signal; use oversample=1.')
+    overlong_lib.check(
+        self.overlong, max_response_len=self.sampler.max_response_len)
+    if self.memory is not None and self.overlong.mode == 'soft':
+      raise types.UserError(
+          "rl.overlong.mode='soft' does not go with rl.memory: a trajectory "
+          "is as long as its document; use 'off' or 'mask_truncated'.")
     if self.memory is not None and self.replay_experts:
       raise types.UserError(
           'rl.replay_experts=True does not go with rl.memory; set it to '
@@ -145,8 +171,11 @@ class RlStage:
           f'rl.cut_tokens={self.cut_tokens}, rl.cut_seconds='
           f'{self.cut_seconds}: responses carried over were begun by an older '
           'policy; set rl.loss.tis_cap, e.g. to 2.0.')
+    # A step that is cut trains on what is done first; `oversample` waits for
+    # all, to choose among them.
     for name, value, allowed in (
         ('num_minibatches', self.num_minibatches, 1),
+        ('oversample', self.oversample, 1),
         ('memory', self.memory, None),
         ('replay_experts', self.replay_experts, False)):
       if value != allowed:
@@ -168,6 +197,11 @@ class RlStage:
         max_response_len=self.sampler.max_response_len)
 
   @property
+  def num_asked(self) -> int:
+    """Prompts sampled in a step."""
+    return self.oversample * self.num_prompts
+
+  @property
   def is_scored(self) -> bool:
     """Whether rows are scored before updates, if only now and then."""
     return self.entropy_source == 'trainer_forward' or self.is_cut
@@ -181,9 +215,10 @@ class RlStage:
   @property
   def engine(self) -> engine.EngineConfig:
     """Shapes of the sampler's programs."""
-    # Readers of a document each have a prompt of their own.
+    # However many are asked: lanes and slots are refilled.
     num_prompts, num_samples = self.num_prompts, self.num_samples
     if self.memory is not None:
+      # Readers of a document each have a prompt of their own.
       num_prompts, num_samples = num_prompts * num_samples, 1
     return engine.EngineConfig(
         prompt_buckets=(self.max_prompt_len,),
@@ -209,6 +244,9 @@ def check(stage: RlStage, context: run_state.Context) -> None:
           f'{shards} data shards of mesh {dict(context.rules.mesh.shape)}; use '
           f'a multiple of {shards}{hint}.')
   engine.check(stage.engine, context.rules, name='rl')
+  if stage.judge.mode == 'inprocess':
+    inprocess_judge.check(
+        stage.judge.inprocess, context.rules, name='rl.judge.inprocess')
 
 
 def rows_at_once(stage: RlStage, rules: rules_lib.Rules) -> int:

@@ -3,7 +3,8 @@
 A run is a list of stages; those that train share one loop. After a kill the
 newest checkpoint is restored, records past it are forgotten, and the run
 repeats the steps it lost bit for bit: every random number is a function of
-(seed, stage, step, prompt, sample), and the data iterator's state is saved.
+(seed, stage, step, prompt, sample), and the data iterator's state is saved. (A
+judge's verdict is no random number; those of a server are kept in a file.)
 
 A step that is cut between sampling and update is sampled again from the same
 parameters and keys, so its rollouts need no place in the checkpoint; those
@@ -26,6 +27,7 @@ from absl import logging
 from flax import struct
 
 from longjax import types
+from longjax.data import prompt_stats as prompt_stats_lib
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
@@ -46,11 +48,14 @@ class RunState:
     aepo: mode and baseline of the entropy controller; fresh at every stage.
     carried: responses to go on with, on the host; None if the stage never
       leaves any.
+    prompt_stats: what the stage has seen of every prompt, on the host; None
+      before its first step, and if it samples none.
   """
 
   train: state_lib.TrainState
   aepo: entropy_control.AepoState
   carried: partial.Carried | None = None
+  prompt_stats: prompt_stats_lib.PromptStats | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,7 @@ class Context:
 
     All processes call it at the same places.
     """
-    if self.stop.agree():
+    if self.stop.agree_now():
       raise Stopped(f'stopped {where}')
 
   def close(self) -> None:
@@ -122,7 +127,8 @@ class Place:
     stage: name of the stage that is training.
     stage_step: its steps done.
     global_step: steps done by all stages; numbers checkpoints and metrics.
-    data: state of the stage's data iterator, None if it has none.
+    data: state of the stage's data iterator; of reinforcement learning, which
+      has none, 'num_examples'.
   """
 
   stage: str
@@ -151,8 +157,9 @@ def abstract(
     rules: rules_lib.Rules,
     *,
     carried: partial.Carried | None = None,
+    prompt_stats: prompt_stats_lib.PromptStats | None = None,
 ) -> RunState:
-  """Shapes and shardings to restore into; of `carried`, an example."""
+  """Shapes and shardings to restore into; of what is on the host, examples."""
   replicated = rules.sharding()
   return RunState(
       train=state_lib.abstract(model, optimizer, rules),
@@ -160,7 +167,7 @@ def abstract(
           lambda x: jax.ShapeDtypeStruct(
               x.shape, x.dtype, sharding=replicated),
           jax.eval_shape(entropy_control.init)),
-      carried=carried)
+      carried=carried, prompt_stats=prompt_stats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +205,7 @@ def run_stage(
     num_steps: steps of the whole stage.
     step: (state, step in the stage, global step) -> result; its first
       argument is donated.
-    data_state: state of the data iterator now, ready for JSON.
+    data_state: `Place.data` now, ready for JSON.
     line: (step, num_steps, metrics) -> what to print.
     num_in_flight: steps that may still be computing while the next one is
       dispatched; for steps that would otherwise let the devices wait for the

@@ -14,7 +14,7 @@ import numpy as np
 
 from longjax import rows, types
 from longjax.agents import rounds
-from longjax.data import dataset, prompts, task_balance
+from longjax.data import prompts, task_balance
 from longjax.parallel import multihost
 from longjax.rl import batch
 from longjax.rollout import engine as engine_lib
@@ -27,6 +27,7 @@ class Sampled:
 
   Attributes:
     prompts: P.
+    example: i[P] index of each prompt's example.
     rollouts: NumPy, [P, G, R]; groups carried over to the next step are empty.
       Of several turns, R counts through the tokens of all of them.
     texts: N, what is graded: the response, or the last of several.
@@ -37,12 +38,23 @@ class Sampled:
   """
 
   prompts: Sequence[types.Prompt]
+  example: np.ndarray
   rollouts: types.Rollouts
   texts: Sequence[str]
   groups: Sequence[Sequence[rows.Group]]
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
   carried: partial.Carried | None = None
   turns: Sequence[rounds.Turn] = ()
+
+
+class Submit(Protocol):
+  """Takes a response to grade; `reward.grading.Grader.submit` is one."""
+
+  def __call__(
+      self, key: tuple[int, int], example: types.TaskExample, text: str, *,
+      is_finished: bool,
+  ) -> None:
+    """Begins to grade response `key`, (prompt, sample); does not wait."""
 
 
 class Sampler(Protocol):
@@ -57,6 +69,7 @@ class Sampler(Protocol):
   def __call__(
       self, params: types.Params, stage_step: int,
       carried: partial.Carried | None = None,
+      *, submit: Submit,
   ) -> Sampled:
     """Samples.
 
@@ -64,6 +77,8 @@ class Sampler(Protocol):
       params: the policy.
       stage_step: the number of the step.
       carried: what the step before left; None if none ever does.
+      submit: called with each response as soon as it has ended; also with
+        those that are carried over to the next step, which calls it again.
     """
 
 
@@ -75,7 +90,7 @@ class OneTurn:
       context: run_state.Context,
       stage: rl_stage.RlStage,
       *,
-      examples: dataset.Examples,
+      examples: Sequence[types.TaskExample],
       balance: task_balance.TaskBalancedSampler,
       name: str,
   ):
@@ -98,6 +113,7 @@ class OneTurn:
   def __call__(
       self, params: types.Params, stage_step: int,
       carried: partial.Carried | None = None,
+      *, submit: Submit,
   ) -> Sampled:
     """See `Sampler`."""
     stage, context = self._stage, self._context
@@ -108,19 +124,27 @@ class OneTurn:
             max_len=stage.max_prompt_len) for i in drawn.example]
     born = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         context.key(self._name), drawn.born)
+    texts: dict[tuple[int, int], str] = {}
+
+    def on_end(rollouts: types.Rollouts, p: int, g: int) -> None:
+      text = engine_lib.response_text(context.tokenizer, rollouts, p, g)
+      texts[p, g] = text
+      submit((p, g), chosen[p].example, text,
+             is_finished=bool(rollouts.is_finished[p, g]))
+
     session = self.engine.session(params)
     rollouts = session.sample(
         chosen, engine_lib.prompt_keys(born, chosen),
         num_samples=stage.num_samples, begun=drawn.begun,
-        should_cut=self._cut(drawn))
+        should_cut=self._cut(drawn), on_end=on_end)
     metrics = session.stats.metrics()
     if carried is not None:
       rollouts, carried = partial.split(drawn, rollouts)
       metrics |= partial.metrics(drawn, rollouts)
     return Sampled(
-        prompts=chosen, rollouts=rollouts,
-        texts=[engine_lib.response_text(context.tokenizer, rollouts, p, g)
-               for p, g in np.ndindex(*rollouts.lengths.shape)],
+        prompts=chosen, example=drawn.example, rollouts=rollouts,
+        texts=[texts[p, g] if length else ''
+               for (p, g), length in np.ndenumerate(rollouts.lengths)],
         groups=batch.groups(chosen, rollouts), metrics=metrics,
         carried=carried)
 

@@ -7,16 +7,20 @@ differ by the stream of groups they read.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from longjax import reductions, rows, types
-from longjax.data import dataset, packing, pipeline
+from longjax.agents import demonstrations
+from longjax.agents import memory as memory_lib
+from longjax.data import chat, packing, pipeline, prompts
+from longjax.data import tokenizer as tokenizer_lib
 from longjax.parallel import token_order
 from longjax.rl import loss as loss_lib
 from longjax.synthesis import pretraining
@@ -81,16 +85,26 @@ class SftStage(SupervisedConfig):
     job: marks the kind of stage.
     split: of the data set.
     reasoning_fraction: share of demonstrations that think before answering.
+    memory: of the memory agent whose turns are demonstrated as well; None
+      demonstrates none.
+    memory_fraction: share of examples of which a turn is demonstrated.
+    memory_tasks: whose examples these may be; none means those of all tasks.
     lookahead: see `pipeline.SftDataConfig`.
   """
 
   job: Literal['sft'] = 'sft'
   split: str = 'sft'
   reasoning_fraction: float = 1.0
+  memory: memory_lib.MemoryConfig | None = None
+  memory_fraction: float = 0.5
+  memory_tasks: tuple[str, ...] = ()
   lookahead: int = 16
 
   def __post_init__(self):
     super().__post_init__()
+    if not 0.0 <= self.memory_fraction <= 1.0:
+      raise types.UserError(
+          f'memory_fraction={self.memory_fraction} must be in [0, 1].')
     self.data(seed=0)  # Its checks, before anything runs.
 
   def data(self, *, seed: int) -> pipeline.SftDataConfig:
@@ -150,7 +164,7 @@ def check(stage: SupervisedConfig, context: run_state.Context) -> None:
 def batches(
     stage: PretrainStage | SftStage,
     context: run_state.Context,
-    examples: dataset.Examples | None,
+    examples: Sequence[types.TaskExample] | None,
 ) -> grain.IterDataset:
   """The stage's endless stream of rows."""
   if isinstance(stage, PretrainStage):
@@ -161,7 +175,30 @@ def batches(
         num_rows=stage.num_rows, row_len=stage.row_len)
   assert examples is not None
   return pipeline.sft_batches(
-      examples, context.tokenizer, config=stage.data(seed=context.seed))
+      examples, context.tokenizer, config=stage.data(seed=context.seed),
+      demonstrate=_demonstrate(stage, context.tokenizer))
+
+
+def _demonstrate(
+    stage: SftStage, tokenizer: tokenizer_lib.Tokenizer
+) -> pipeline.Demonstrate | None:
+  """Answers and turns of the memory agent; None if there are only answers."""
+  if stage.memory is None:
+    return None
+  agent = memory_lib.MemoryAgent(tokenizer, stage.memory)
+
+  def demonstrate(
+      example: types.TaskExample, rng: np.random.Generator
+  ) -> tuple[list[int], list[int]]:
+    with_reasoning = rng.random() < stage.reasoning_fraction
+    is_turn = rng.random() < stage.memory_fraction
+    if is_turn and example.task in (stage.memory_tasks or (example.task,)):
+      return demonstrations.turn(
+          example, agent, tokenizer, rng, with_reasoning=with_reasoning)
+    return chat.render_prompt(example, tokenizer), prompts.demonstration(
+        example, tokenizer, with_reasoning=with_reasoning)
+
+  return demonstrate
 
 
 def run(
@@ -170,7 +207,7 @@ def run(
     state: run_state.RunState,
     place: run_state.Place,
     *,
-    examples: dataset.Examples | None,
+    examples: Sequence[types.TaskExample] | None,
 ) -> tuple[run_state.RunState, run_state.Place]:
   """Trains one supervised stage.
 

@@ -124,6 +124,32 @@ def test_no_part_is_made_before_it_is_read():
     assert made == list(range(min(number + 1, 3)))
 
 
+@pytest.mark.parametrize('turn', [0, 2])
+def test_questions_about_one_document_read_it_together(turn):
+  made = []
+
+  class Once:
+    def __iter__(self):
+      for number in range(3):
+        made.append(number)
+        yield tuple(TOKENIZER.encode(f'part {number}'))
+
+  once = Once()
+  several = [
+      rounds.Query(question=name, instruction='', num_parts=3, parts=once)
+      for name in ('Who?', 'Where?')]
+  model = Model()
+  turns = [turn for taken in rounds.read(AGENT, several, model, [
+      rounds.Reader(query=q, turn=turn) for q in range(2)])
+           for turn in taken]
+  assert made == [0, 1, 2]
+  assert [t.prompt.turn for t in turns] == [
+      t for t in range(turn, 4) for _ in range(2)]
+  for asked in model.asked[:-1]:
+    texts = [TOKENIZER.decode(prompt.tokens) for prompt in asked]
+    assert all(f'part {asked[0].turn}' in text for text in texts)
+
+
 @pytest.mark.parametrize('said, match', [(2, 'more'), (4, 'fewer')])
 def test_a_wrong_number_of_parts_is_found_out(said, match):
   parts = query('Ada', 3).parts

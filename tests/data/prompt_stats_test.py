@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from longjax.data import prompt_stats
+from longjax.data import prompt_stats, records
 from longjax.train import checkpoint
 
 FIELDS = ('visits', 'mean', 'std', 'length', 'truncated')
@@ -194,3 +194,14 @@ def test_metrics_count_visited_solved_and_unsolved_prompts():
     stats = prompt_stats.update(stats, **one_group(example, rewards))
   assert prompt_stats.metrics(stats) == pytest.approx({
       'prompts/visited': 0.5, 'prompts/solved': 0.2, 'prompts/unsolved': 0.4})
+
+
+def test_the_table_is_written_as_lines(tmp_path):
+  stats = prompt_stats.nothing(3)
+  for i in (2, 0):
+    stats = prompt_stats.update(stats, **one_group(i, [0.0, i / 3]))
+  path = tmp_path / 'prompt_stats' / 'rl.jsonl'
+  prompt_stats.write(path, stats, ['a', 'b', 'c'])
+  assert records.read(path) == prompt_stats.table(stats, ['a', 'b', 'c'])
+  assert [p.name for p in path.parent.iterdir()] == ['rl.jsonl']
+

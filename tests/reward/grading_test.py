@@ -248,3 +248,17 @@ def test_a_config_is_built_from_a_mapping():
 def test_a_mistake_names_the_field(given, message):
   with pytest.raises(types.UserError, match=message):
     config_lib.build(grading.JudgeConfig, given, 'judge')
+
+
+def test_only_what_is_collected_is_waited_for():
+  asked = FakeJudge()
+  for keys, want in (([(0,)], 1), ([(0,), (1,)], 2), ([], 0)):
+    grader = grading.Grader(judge=asked)
+    for i, place in enumerate(('Rome', 'Oslo')):
+      grader.submit((i,), example('qa'), answer(place), is_finished=True)
+    del asked.collected[:]
+    grades = grader.collect(keys)
+    assert list(grades.scores) == keys
+    assert grades.metrics['judge/asked'] == len(asked.collected) == want
+    assert grader.collect().scores == {}  # The others are forgotten.
+

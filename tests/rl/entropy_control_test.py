@@ -184,17 +184,6 @@ def test_pos_keeps_positive_advantages_with_positive_rewards():
       True, False, False, True]
 
 
-def test_the_optimiser_is_skipped_only_if_pos_keeps_no_response():
-  valid = jnp.array([True, True, False])
-  nothing, padding = jnp.zeros(3, bool), jnp.array([False, False, True])
-  full = entropy_control.init()
-  pos = full.replace(mode=jnp.int32(Mode.POS))
-  assert bool(entropy_control.is_skipped(pos, nothing, valid))
-  assert bool(entropy_control.is_skipped(pos, padding, valid))
-  assert not bool(entropy_control.is_skipped(pos, valid, valid))
-  assert not bool(entropy_control.is_skipped(full, nothing, valid))
-
-
 def test_sequence_and_token_means_weigh_responses_differently():
   entropy = jnp.float32([[1.0, 1.0, 1.0, 9.0], [4.0, 9.0, 9.0, 9.0],
                          [7.0, 7.0, 7.0, 7.0]])

@@ -64,6 +64,22 @@ def test_results_are_host_arrays_of_their_own():
     assert field.flags.writeable
 
 
+def test_what_is_written_after_forgetting_is_what_a_new_session_writes():
+  prompts = tiny_model.prompts([16, 16, 9])
+  keys = engine.prompt_keys(jax.random.key(0), prompts)
+  session = make().session(tiny_model.params())
+  for _ in range(2):
+    session.sample(prompts[:2], keys[:2], num_samples=1)
+  num_reused = session.stats.reused_tokens
+  assert num_reused
+  session.forget()
+  got = session.sample(prompts, keys, num_samples=2)
+  assert session.stats.reused_tokens == num_reused
+  want = make().session(tiny_model.params()).sample(
+      prompts, keys, num_samples=2)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_a_call_that_is_cut_does_not_begin_the_next_bucket():
   prompts = tiny_model.prompts([3, 16])
   asked = []
@@ -74,6 +90,40 @@ def test_a_call_that_is_cut_does_not_begin_the_next_bucket():
   assert len(asked) == 1
   np.testing.assert_array_equal(got.lengths, asked[0])
   assert got.lengths[0].any() and not got.lengths[1].any()
+
+
+def ends(prompts, **kwargs):
+  """Rollouts, and the order in which their samples are said to have ended."""
+  session = make().session(tiny_model.params())
+  told = []
+
+  def on_end(rollouts, p, g):
+    told.append((p, g))
+    length = rollouts.lengths[p, g]
+    assert rollouts.is_finished[p, g] or length == MAX_LEN
+    assert rollouts.tokens[p, g, :length].all()
+
+  return session.sample(
+      prompts, engine.prompt_keys(jax.random.key(0), prompts), num_samples=2,
+      on_end=on_end, **kwargs), told
+
+
+def test_the_end_of_every_sample_is_told_once_and_before_later_ones_begin():
+  prompts = tiny_model.prompts([3, 16, 5, 2, 9, 1, 4])
+  whole, told = ends(prompts)
+  assert sorted(told) == list(np.ndindex(7, 2))
+  # The second bucket is begun when the first is done.
+  assert {p for p, _ in told[-4:]} == {1, 4}
+  # A call that is cut tells of those that ended, the next one of all.
+  cut, first = ends(
+      prompts, should_cut=lambda rollouts: rollouts.is_finished.any())
+  ended = cut.is_finished | (cut.lengths == MAX_LEN)
+  assert 0 < len(first) < 14
+  assert sorted(first) == list(map(tuple, np.argwhere(ended).tolist()))
+  again, then = ends(prompts, begun=cut)
+  assert then[:len(first)] == sorted(first)
+  assert sorted(then) == sorted(told)
+  assert_same(again, whole)
 
 
 @pytest.mark.parametrize('bucket, chunk_len, want', [

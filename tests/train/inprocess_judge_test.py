@@ -157,24 +157,3 @@ def test_shapes_that_do_not_divide_are_refused(tokenizer, overrides, message):
   rules = tiny_model.rules(data=2, seq=4)
   with pytest.raises(types.UserError, match=message):
     make(tokenizer, rules=rules, **overrides)
-
-
-def test_a_frozen_copy_survives_its_original():
-  original = jax.tree.map(jnp.asarray, PARAMS)
-  frozen = inprocess_judge.freeze(original)
-  # What a step of training does to the parameters it is given.
-  jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)(
-      original)
-  assert all(x.is_deleted() for x in jax.tree.leaves(original))
-  jax.tree.map(np.testing.assert_array_equal, frozen, PARAMS)
-
-
-def test_a_frozen_copy_lies_as_its_original_does():
-  rules = tiny_model.rules(fsdp=4, tensor=2)
-  shardings = rules.tree_shardings(
-      parameters.axes(MODEL), parameters.abstract(MODEL))
-  original = jax.device_put(PARAMS, shardings)
-  frozen = inprocess_judge.freeze(original)
-  jax.tree.map(
-      lambda x, want: x.sharding.is_equivalent_to(want.sharding, x.ndim) or
-      pytest.fail(f'{x.sharding} is not {want.sharding}'), frozen, original)

@@ -39,13 +39,13 @@ def verdicts(asked):
 
 def test_nobody_is_asked_by_default(tmp_path):
   assert judges.make(
-      grading.JudgeConfig(), context(tmp_path), params={}) is None
+      grading.JudgeConfig(), context(tmp_path), initial=dict) is None
 
 
 def test_a_restart_finds_the_verdicts_of_the_work_directory(tmp_path):
   with chat_server.Server(by_candidate) as server:
     for num_asked in (3, 0):
-      asked = judges.make(config(server), context(tmp_path), params={})
+      asked = judges.make(config(server), context(tmp_path), initial=dict)
       before = len(server.requests)
       assert verdicts(asked) == [YES, NO, YES, YES]
       assert len(server.requests) - before == num_asked
@@ -57,7 +57,7 @@ def test_a_server_that_is_not_there_is_noticed_at_once(tmp_path):
   with chat_server.Server(by_candidate) as server:
     pass
   with pytest.raises(types.UserError, match='does not answer .connection'):
-    judges.make(config(server), context(tmp_path), params={})
+    judges.make(config(server), context(tmp_path), initial=dict)
 
 
 def test_all_processes_have_the_rulings_of_the_one_that_asks(
@@ -70,7 +70,7 @@ def test_all_processes_have_the_rulings_of_the_one_that_asks(
 
   with chat_server.Server(by_candidate) as server:
     monkeypatch.setattr(multihost, 'on_primary', primary)
-    first = judges.make(config(server), context(tmp_path), params={})
+    first = judges.make(config(server), context(tmp_path), initial=dict)
     assert verdicts(first) == [YES, NO, YES, YES]
     first.close()
     num_requests = len(server.requests)
@@ -79,7 +79,7 @@ def test_all_processes_have_the_rulings_of_the_one_that_asks(
     messages = iter(told)
     monkeypatch.setattr(
         multihost, 'on_primary', lambda *_, **__: json.loads(next(messages)))
-    other = judges.make(config(server), context(tmp_path), params={})
+    other = judges.make(config(server), context(tmp_path), initial=dict)
     assert verdicts(other) == [YES, NO, YES, YES]
     other.close()
     assert len(server.requests) == num_requests
@@ -90,6 +90,7 @@ def test_the_initial_policy_may_be_the_judge(tmp_path):
   made = tiny_model.context(tiny_model.rules())
   made.tokenizer = tokenizer_lib.load(tiny_bpe.write(tmp_path))
   asked = judges.make(
-      grading.JudgeConfig(mode='inprocess'), made, params=tiny_model.params())
+      grading.JudgeConfig(mode='inprocess'), made,
+      initial=tiny_model.params)
   assert isinstance(asked, inprocess_judge.InprocessJudge)
   asked.close()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from longjax import rows, types
+from longjax.data import prompt_stats
 from longjax.model import compute, head, parameters, transformer
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
@@ -128,7 +129,7 @@ def test_old_tokens_keep_their_scores_and_new_ones_have_the_new_policys():
           now.logprobs[i, g, first:length], want, rtol=0, atol=1e-5)
       num_new += len(want)
   assert num_new > 0
-  stale = graded.metrics['partial/old_tokens']
+  stale = graded.sampled.metrics['partial/old_tokens']
   trained = graded.sampled.rollouts.lengths[:len(held)].any(axis=1)
   assert stale == pytest.approx(
       begun[trained].sum() / graded.sampled.rollouts.lengths.sum())
@@ -166,7 +167,8 @@ def test_a_run_resumed_between_two_steps_equals_one_that_was_not(tmp_path):
     checkpoints.save(2, state, {'stage': 'rl'})
   abstract = run_state.abstract(
       optimizer_lib.make(stage().optimizer, num_steps=4), tiny_model.MODEL,
-      where.rules, carried=stage().carried())
+      where.rules, carried=stage().carried(),
+      prompt_stats=prompt_stats.nothing(len(rl_job_test.EXAMPLES)))
   with checkpoint.Checkpointer(tmp_path) as checkpoints:
     state = checkpoints.restore_latest(
         lambda info: {'rl': abstract}[info['stage']]).tree
@@ -194,5 +196,5 @@ def test_impossible_cuts_are_refused(overrides, message):
 def test_the_clock_cuts_too():
   job, _ = job_of(cut_tokens=0, cut_seconds=1e-9)
   carried = job.rollout(
-      tiny_model.params(), 0, stage().carried()).carried
+      tiny_model.params(), 0, stage().carried()).sampled.carried
   assert (carried.example >= 0).any()

@@ -15,8 +15,15 @@ from longjax.model import architecture, compute
 from longjax.rl import batch, entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
+from longjax.train import graded as graded_lib
+from longjax.train import (
+    kept_rollouts,
+    rl_job,
+    rl_stage,
+    run_state,
+    sampling,
+)
 from longjax.train import optimizer as optimizer_lib
-from longjax.train import rl_job, rl_stage, run_state, sampling
 from tests import tiny_model
 
 NUM_SAMPLES = 3
@@ -218,7 +225,8 @@ def test_the_samplers_scores_replace_a_pass_and_aepo_still_decides_first(
               entropy_low=0.1, entropy_high=0.2, baseline_steps=9)),
       examples=EXAMPLES, score=grader)
   job._update = spy = Spy(job._update)
-  graded = job.rollout(fresh(where).train.params, 0)
+  graded = graded_lib.to_train(
+      job.rollout(fresh(where).train.params, 0), job._stage, seed=0, step=0)
   result = job.step(fresh(where), 0, 1)
   is_scored = source == 'trainer_forward'
   assert bool(job._score_rows._cache_size()) == is_scored
@@ -298,23 +306,24 @@ def sampled(examples, texts=()):
   return sampling.Sampled(
       prompts=[types.Prompt(example=e, tokens=(1, 2), number=0)
                for e in examples],
+      example=np.arange(len(examples)),
       rollouts=tiny_model.rollouts(len(examples), NUM_SAMPLES, 6),
       texts=texts, groups=[])
 
 
 def test_a_batch_without_the_task_whose_turn_it_is_shows_another():
   where = context()
-  job = rl_job.RlJob(
-      where, stage(num_prompts=1), examples=EXAMPLES, score=Grader())
   example = EXAMPLES[1]
   assert example.task == 'qa'  # The first turn is that of 'mc'.
-  graded = rl_job.Graded(
+  graded = graded_lib.Graded(
       sampled=sampled([example], texts=['a', 'b', 'c']),
       scores=[types.Score(reward=0.0, answer='', rule='test')] * NUM_SAMPLES,
       rewards=np.zeros(NUM_SAMPLES, np.float32))
   plan = python_types.SimpleNamespace(
       advantages=np.zeros(NUM_SAMPLES), keep=np.ones(NUM_SAMPLES, bool))
-  job._write_rollouts(graded, plan, 1, 0)
+  kept_rollouts.write(
+      where, graded, plan, asked=graded, name='rl', tasks=['mc', 'qa'], turn=0,
+      global_step=1)
   assert [kept[:3] for kept in where.rollouts] == [(1, 'rl', 'qa')]
 
 
@@ -327,7 +336,8 @@ def test_dense_and_binary_rewards_of_a_task_have_deviations_of_their_own():
   scale = np.repeat([1.0, 0.01], 3 * NUM_SAMPLES)
   rewards = (rng.random(6 * NUM_SAMPLES) * scale).astype(np.float32)
   chosen = [examples[i] for i in (0, 2, 4, 1, 3, 5)]
-  graded = rl_job.Graded(sampled=sampled(chosen), scores=[], rewards=rewards)
+  graded = graded_lib.Graded(
+      sampled=sampled(chosen), scores=[], rewards=rewards)
   entropy = np.ones((6 * NUM_SAMPLES, 6), np.float32)
   got = job.plan(entropy_control.init(), graded, entropy, entropy).advantages
   by_group = rewards.astype(np.float64).reshape(2, 3, NUM_SAMPLES)
@@ -347,10 +357,11 @@ def test_prompts_sampled_in_parts_are_answered_alike():
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere():
-  (job, where, _), (other, *_) = job_of('on_policy'), job_of('off_policy')
-  params = fresh(where).train.params
-  plain, shuffled = job.rollout(params, 0), other.rollout(params, 0)
-  assert shuffled.sampled.texts == plain.sampled.texts
+  job, where, _ = job_of('on_policy')
+  plain = job.rollout(fresh(where).train.params, 0)
+  shuffled = graded_lib.to_train(
+      plain, stage(shuffle_rewards=True), seed=0, step=0)
+  assert shuffled.sampled is plain.sampled
   assert [s.reward for s in shuffled.scores] == plain.rewards.tolist()
   assert (shuffled.rewards != plain.rewards).any()
   np.testing.assert_array_equal(

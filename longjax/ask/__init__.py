@@ -1,0 +1,1 @@
+"""Questions of a person at a terminal about documents of any length."""
