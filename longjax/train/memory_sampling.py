@@ -10,6 +10,7 @@ R tokens of a turn at most.
 """
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,24 +58,22 @@ class MemoryTurns:
     queries = [self._query(example) for example in chosen]
     session = self.engine.session(params)
     of_step = jax.random.fold_in(self._context.key(self._name), stage_step)
-    turns: list[rounds.Turn] = []
+    by_trajectory: list[list[rounds.Turn]] = [
+        [] for _ in range(len(chosen) * stage.num_samples)]
     for taken in rounds.read(
         self._agent, queries, sampled.generate(
             session, of_step, examples=chosen,
             numbers=[prompts.number(example.id) for example in chosen]),
         [rounds.Reader(query=p, sample=g)
          for p in range(len(chosen)) for g in range(stage.num_samples)]):
-      turns += taken
-      # Short documents are graded while long ones are still read.
       for turn in taken:
+        p, g = turn.prompt.query, turn.prompt.sample
+        by_trajectory[p * stage.num_samples + g].append(turn)
+        # Short documents are graded while long ones are still read.
         if turn.is_last:
-          p, g = turn.prompt.query, turn.prompt.sample
           submit((p, g), chosen[p], self._text(turn.response),
                  is_finished=turn.response.is_finished)
-    by_trajectory = [
-        [turn for turn in turns
-         if (turn.prompt.query, turn.prompt.sample) == reader]
-        for reader in np.ndindex(len(chosen), stage.num_samples)]
+    turns = list(itertools.chain(*by_trajectory))
     return sampling.Sampled(
         prompts=[
             types.Prompt(
