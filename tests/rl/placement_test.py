@@ -206,7 +206,7 @@ def test_a_tenth_at_most_is_wasted_at_the_papers_scale(prompt, response):
 
 
 def test_a_tenth_at_most_is_wasted_by_the_tiny_recipe():
-  stage = config('tiny').stages.rl
+  stage = config('tiny').stages.rl2
   rng = np.random.default_rng(0)
   wasted = []
   for _ in range(30):
