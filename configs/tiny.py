@@ -39,18 +39,19 @@ VARIANTS = (
 
 # Whose questions the memory agent is asked: the others need more than a network
 # of this size can note.
-_MEMORY_TASKS = ('mc', 'multihop', 'reading')
-_MEMORY = dict(part_len=256, line_end_share=0.25, memory_len=40, plan_len=0,
+MEMORY_TASKS = ('mc', 'multihop', 'reading')
+MEMORY = dict(part_len=256, line_end_share=0.25, memory_len=40, plan_len=0,
                wording='short')
-_SAMPLER = dict(temperature=1.0, max_response_len=72)
+SAMPLER = dict(temperature=1.0, max_response_len=72)
 
 
-def _split(name, names, num_per_task, shortest, longest):
+def split(name, names, num_per_task, shortest, longest):
+  """Examples of so many tokens with one set of names."""
   return dict(name=name, names=names, num_per_task=num_per_task,
               min_tokens=shortest, max_tokens=longest)
 
 
-def _sft(steps, reasoning_fraction=0.4):
+def sft(steps, reasoning_fraction=0.4):
   """Demonstrations, some terse and some that quote their evidence first."""
   return dict(
       job='sft', steps=steps, num_rows=4, row_len=1024,
@@ -80,7 +81,8 @@ def _own_data():
           optimizer=dict(learning_rate=2e-4)))
 
 
-def _rl(split, steps, max_prompt_len, max_response_len, **changes):
+def rl(split, steps, max_prompt_len, max_response_len, **changes):
+  """A stage of RL under its caps in tokens."""
   return dict(
       job='rl', split=split, steps=steps, num_prompts=12, num_samples=8,
       max_prompt_len=max_prompt_len, row_lens=(768, 1152, 1728),
@@ -91,16 +93,16 @@ def _rl(split, steps, max_prompt_len, max_response_len, **changes):
 def _full():
   """Names of all stages in order, and the stages."""
   splits = (
-      _split('sft', 'train', 1000, 64, 608),
-      _split('rl_256', 'train', 150, 150, 236),
-      _split('rl_640', 'train', 200, 400, 608),
-      _split('rl_1024', 'train', 120, 760, 980),
-      _split('memory', 'train', 300, 640, 880),
-      _split('test_256', 'test', 16, 200, 240),
-      _split('test_640', 'test', 24, 512, 608),
-      _split('test_1024', 'test', 12, 960, 1000),
-      _split('test_2048', 'test', 6, 1980, 2024),
-      _split('test_2560', 'test', 16, 2560, 2640))
+      split('sft', 'train', 1000, 64, 608),
+      split('rl_256', 'train', 150, 150, 236),
+      split('rl_640', 'train', 200, 400, 608),
+      split('rl_1024', 'train', 120, 760, 980),
+      split('memory', 'train', 300, 640, 880),
+      split('test_256', 'test', 16, 200, 240),
+      split('test_640', 'test', 24, 512, 608),
+      split('test_1024', 'test', 12, 960, 1000),
+      split('test_2048', 'test', 6, 1980, 2024),
+      split('test_2560', 'test', 16, 2560, 2640))
   stages = dict(
       synth=dict(job='synth', examples=dict(
           facts_min=2, facts_max=4, splits=splits)),
@@ -108,23 +110,23 @@ def _full():
           job='evals',
           splits=('test_256', 'test_640', 'test_1024', 'test_2048'),
           lengths=(256, 640, 1024, 2048), prompts_at_once=24,
-          sampler=_SAMPLER),
+          sampler=SAMPLER),
       # Documents of up to four times the longest prompt of SFT.
       agent=dict(
-          job='evals', splits=('test_1024', 'test_2560'), tasks=_MEMORY_TASKS,
-          lengths=(1024, 2688), prompts_at_once=36, sampler=_SAMPLER,
-          memory=_MEMORY, max_prompt_len=448),
-      sft=_sft(600) | dict(
-          memory=_MEMORY, memory_fraction=0.7, memory_tasks=_MEMORY_TASKS),
-      rl1=_rl('rl_256', 30, 256, 48),
-      rl2=_rl('rl_640', 70, 640, 72),
-      rl3=_rl('rl_1024', 25, 1024, 96),
-      memory=_rl(
-          'memory', 50, 448, 72, tasks=_MEMORY_TASKS, memory=_MEMORY,
+          job='evals', splits=('test_1024', 'test_2560'), tasks=MEMORY_TASKS,
+          lengths=(1024, 2688), prompts_at_once=36, sampler=SAMPLER,
+          memory=MEMORY, max_prompt_len=448),
+      sft=sft(600) | dict(
+          memory=MEMORY, memory_fraction=0.7, memory_tasks=MEMORY_TASKS),
+      rl1=rl('rl_256', 30, 256, 48),
+      rl2=rl('rl_640', 70, 640, 72),
+      rl3=rl('rl_1024', 25, 1024, 96),
+      memory=rl(
+          'memory', 50, 448, 72, tasks=MEMORY_TASKS, memory=MEMORY,
           max_parts=5, num_prompts=6),
       # Relative to the model that RL began with.
       merge=dict(job='merge', base='sft', experts=('rl3', 'memory')),
-      rl4=_rl('rl_1024', 10, 1024, 96))
+      rl4=rl('rl_1024', 10, 1024, 96))
   both = 'evals', 'agent'
   return ('synth', 'evals', 'sft', *both, 'rl1', 'rl2', 'rl3', *both, 'memory',
           *both, 'merge', *both, 'rl4', *both), stages
@@ -149,36 +151,36 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
           examples=dict(
               facts_min=2, facts_max=4,
               splits=(
-                  _split('sft', 'train', 1000, 64, 608),
-                  _split('rl', 'train', 200, 512, 608),
-                  _split('test_256', 'test', 32, 200, 240),
-                  _split('test_512', 'test', 48, 512, 608),
-                  _split('test_1024', 'test', 12, 960, 1000),
-                  _split('test_2048', 'test', 6, 1980, 2024)))),
+                  split('sft', 'train', 1000, 64, 608),
+                  split('rl', 'train', 200, 512, 608),
+                  split('test_256', 'test', 32, 200, 240),
+                  split('test_512', 'test', 48, 512, 608),
+                  split('test_1024', 'test', 12, 960, 1000),
+                  split('test_2048', 'test', 6, 1980, 2024)))),
       evals=dict(
           job='evals',
           splits=('test_256', 'test_512', 'test_1024', 'test_2048'),
           lengths=(256, 640, 1024, 2048), prompts_at_once=24,
-          sampler=_SAMPLER),
-      sft=_sft(500),
+          sampler=SAMPLER),
+      sft=sft(500),
       rl=dict(
           job='rl', steps=160, num_prompts=12, num_samples=8,
-          max_prompt_len=640, sampler=_SAMPLER, row_lens=(768, 1152, 1728),
+          max_prompt_len=640, sampler=SAMPLER, row_lens=(768, 1152, 1728),
           entropy_source='sampler',
           optimizer=dict(learning_rate=3e-4)))
   if arg == 'own_data':
     config.stages = _own_data()
   if arg == 'control_sft':
     config.recipe = ('synth', 'evals', 'sft', 'evals', 'further_sft', 'evals')
-    config.stages.further_sft = _sft(900)
+    config.stages.further_sft = sft(900)
   if arg == 'control_shuffled':
     config.stages.rl.shuffle_rewards = True
   if arg == 'entropy_drift':
     config.recipe = ('synth', 'sft', 'rl')
     config.stages.synth.examples.splits = (
-        _split('sft', 'train', 600, 64, 608),
-        _split('rl', 'train', 100, 512, 608))
-    config.stages.sft = _sft(300, reasoning_fraction=1.0)
+        split('sft', 'train', 600, 64, 608),
+        split('rl', 'train', 100, 512, 608))
+    config.stages.sft = sft(300, reasoning_fraction=1.0)
     config.stages.rl.steps = 50
     config.stages.rl.optimizer.learning_rate = 1.5e-3
     # The lowest ratio at which Fig. 11 of arXiv:2512.12967 switches.

@@ -109,6 +109,8 @@ _Override = tuple[str, str]
 def run() -> None:
   """The console script; exits the process."""
   arguments = sys.argv[1:]
+  # So that a config can import its neighbours, however longjax was started.
+  sys.path.insert(0, os.getcwd())
   if not arguments:
     sys.stderr.write(USAGE)
     sys.exit(2)
@@ -261,15 +263,15 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
     if job == 'bench':
       return _bench(changes)
     # Here, because --help and mistakes should not wait for orbax and grain.
-    from longjax import recipe
+    from longjax import recipe, run_config
 
-    run_config = build(recipe.RunConfig, _CONFIG.value, changes)
+    config = build(run_config.RunConfig, _CONFIG.value, changes)
     workdir = open_workdir(
         _WORKDIR.value or default_workdir(_config_file()))
     if _PLAN.value is not None:
-      return _plan(run_config, _PLAN.value, workdir, _config_file())
+      return _plan(config, _PLAN.value, workdir, _config_file())
     with _all_processes():
-      return recipe.run(run_config, workdir) or 0
+      return recipe.run(config, workdir) or 0
   except types.UserError as error:
     _refuse(error)
   except KeyboardInterrupt:
@@ -358,18 +360,18 @@ def _config_file() -> str:
 
 
 def _plan(
-    run_config: Any, topology: str, workdir: epath.Path, config_file: str
+    config: Any, topology: str, workdir: epath.Path, config_file: str
 ) -> int:
   """Plans the run for a TPU slice."""
   from longjax.planner import job
 
   return job.run(
-      run_config.trained(), workdir,
+      config.trained(), workdir,
       job.Options(
           topology=topology, is_optimized=_PLAN_OPTIMIZE.value,
           is_searched=_PLAN_SEARCH.value, config_file=config_file),
-      model=run_config.model, init_from=run_config.init_from,
-      mesh=run_config.mesh, compute=run_config.compute)
+      model=config.model, init_from=config.init_from,
+      mesh=config.mesh, compute=config.compute)
 
 
 @contextlib.contextmanager

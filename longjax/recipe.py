@@ -2,33 +2,30 @@
 
   synth --data set--> evals, sft --params--> evals, rl --params--> evals
 
-A run lives in its work directory and is described by `RunConfig`. Every stage
+A run lives in its work directory and is described by `run_config`. Every stage
 is a function of the configuration and of what the stages before it left, so a
 killed run started again ends with the same bits as one that was not.
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import logging
 
 from longjax import config as config_lib
+from longjax import run_config, stage_list, types
 from longjax import stages as stages_lib
-from longjax import types
-from longjax.evals import report, selection, summary
-from longjax.evals import stage as evals_stage
-from longjax.model import architecture, huggingface
-from longjax.model import compute as compute_lib
+from longjax.evals import report, summary
+from longjax.model import huggingface
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import multihost
 from longjax.parallel import rules as rules_lib
+from longjax.planner import ahead
 from longjax.synthesis import stage as synth_stage
 from longjax.train import (
   checkpoint,
@@ -36,119 +33,17 @@ from longjax.train import (
   merge_stage,
   metrics,
   mirror,
-  rl_stage,
   run_state,
 )
+from longjax.train import state as state_lib
 from longjax.train import workdir as workdir_lib
 
 # The final model, in Hugging Face's layout.
 MODEL_FOLDER = 'model'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-  """A whole run.
-
-  Attributes:
-    job: 'recipe' runs all stages of `recipe`; another job runs those of its
-      kind only, and the data set they read.
-    recipe: names of stages in the order they run. Evaluations may recur;
-      their results are named after the stage before them, and one that would
-      only repeat another is left out.
-    stages: configuration of each stage by name.
-    init_from: Hugging Face directory to start from, see `initial.find`; ''
-      starts from scratch with `model`.
-    model: sizes of a network from scratch.
-    initialization: of a network from scratch, see `initial.from_scratch`.
-    seed: of all randomness.
-    cpu_devices: where there is no accelerator, into how many devices the
-      host is split; one a core uses all cores best. 0 leaves it to XLA_FLAGS.
-    mesh: devices along each axis.
-    compute: backends, dtype and remat, see `model.compute`.
-    checkpoint_every: steps between checkpoints.
-    keep_checkpoints: how many are kept.
-    max_skipped_in_a_row: so many non-finite steps in a row stop the run.
-    export: write the final model to {workdir}/model for other programs.
-  """
-
-  job: Literal[
-      'recipe', 'synth', 'pretrain', 'sft', 'rl', 'evals'] = 'recipe'
-  recipe: tuple[str, ...]
-  stages: Mapping[str, stages_lib.Stage]
-  init_from: str = ''
-  model: architecture.ModelConfig | None = None
-  initialization: initial.Initialization = 'random'
-  seed: int = 0
-  cpu_devices: int = 0
-  mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
-  compute: compute_lib.Compute = compute_lib.Compute()
-  checkpoint_every: int = 50
-  keep_checkpoints: int = 2
-  max_skipped_in_a_row: int = 5
-  export: bool = True
-
-  def __post_init__(self):
-    for name in self.recipe:
-      if name not in self.stages:
-        raise types.UserError(
-            f'recipe names the stage {name!r}, which stages does not '
-            'configure; did you mean '
-            f'{config_lib.nearest(name, self.stages)!r}?')
-    plan = self.plan()
-    if bool(self.init_from) == (self.model is not None):
-      raise types.UserError(
-          f'init_from={self.init_from!r} and model={self.model}: set exactly '
-          'one of them, a base model or the sizes of a fresh one.')
-    for name, stage in self.trained():
-      if isinstance(stage, rl_stage.RlStage) and not self.init_from and (
-          stage.judge.mode == 'inprocess'):
-        raise types.UserError(
-            f"stages.{name}.judge.mode='inprocess' asks the model that the run "
-            'begins with, which knows nothing here; set init_from, or use '
-            "judge.mode='endpoint' or 'none'.")
-    for field, least in (
-        ('checkpoint_every', 1), ('max_skipped_in_a_row', 1),
-        ('keep_checkpoints', 2)):
-      if getattr(self, field) < least:
-        raise types.UserError(
-            f'{field}={getattr(self, field)} must be >= {least}.')
-    if self.seed < 0 or self.seed >= 1 << 31:
-      raise types.UserError(f'seed={self.seed} must be in [0, 2**31).')
-    if not any(self.job in ('recipe', n.stage.job) for n in plan):
-      raise types.UserError(
-          f'job={self.job!r}: recipe={self.recipe} has no such stage.')
-    stages_lib.check_plan(plan)
-
-  def plan(self) -> list[stages_lib.Named]:
-    """What `job` runs, in order."""
-    found: list[stages_lib.Named] = []
-    evaluated: set[tuple[str, str]] = set()
-    before = 'base'
-    for name in self.recipe:
-      stage = self.stages[name]
-      if stage.job not in (self.job, 'synth') and self.job != 'recipe':
-        continue
-      label = name
-      if isinstance(stage, evals_stage.EvalsStage):
-        if (name, before) in evaluated:
-          continue
-        label = f'{len(evaluated)}_{before}'
-        if stage.memory is not None:
-          label += '_agent'
-        evaluated.add((name, before))
-      elif isinstance(stage, stages_lib.Training | merge_stage.MergeStage):
-        before = name
-      found.append(stages_lib.Named(name=name, label=label, stage=stage))
-    return found
-
-  def trained(self) -> list[tuple[str, stages_lib.Training]]:
-    """(label, stage) of those that train."""
-    return [(n.label, n.stage) for n in self.plan()
-            if isinstance(n.stage, stages_lib.Training)]
-
-
 def run(
-    config: RunConfig,
+    config: run_config.RunConfig,
     workdir: str | os.PathLike[str],
     *,
     devices: Sequence[jax.Device] | None = None,
@@ -205,7 +100,8 @@ def run(
         checkpointer=checkpointer, stop=stop)
     try:
       for named in config.plan():
-        stages_lib.check_mesh(named.stage, context)
+        stages_lib.check_mesh(
+            named.stage, stages_lib.within(named.stage, context))
       _run_stages(config, context, begin, facts)
     except run_state.Stopped as stopped:
       stop.settle()
@@ -226,12 +122,13 @@ def run(
 
 
 def _run_stages(
-    config: RunConfig,
+    config: run_config.RunConfig,
     context: run_state.Context,
     begin: initial.Initial,
     facts: workdir_lib.Facts,
 ) -> None:
   """Runs what is left to do."""
+  plan = config.plan()
   state, place = _restore(config, context)
   last_step = place.global_step if place else 0
   context.metrics.truncate(last_step)
@@ -240,37 +137,27 @@ def _run_stages(
   done = trained[:trained.index(place.stage)] if place else []
   # Makes the parameters the next stage begins with; None if they are gone.
   params: Callable[[], types.Params] | None = functools.cache(begin.load)
-  kept = stages_lib.kept(config.plan())
+  kept = stage_list.kept(plan)
   if merge_stage.BASE in kept:
     merge_stage.keep(merge_stage.BASE, begin.load, context, begin)
   if place is None and params:
     params()  # A damaged base model is told now, not after synthesis.
 
-  for named in config.plan():
+  for index, named in enumerate(plan):
     label, stage = named.label, named.stage
     context.check_stop(f'before {label}')
     if isinstance(stage, synth_stage.SynthStage):
       with facts.timing(label):
-        stages_lib.synthesise(stage, context, config.plan())
-    elif isinstance(stage, evals_stage.EvalsStage):
-      result = evals_stage.result(context.workdir, label)
-      if multihost.on_primary(result.exists):
+        stages_lib.synthesise(stage, context, plan)
+    elif isinstance(stage, stage_list.Observing):
+      path = stages_lib.result(context.workdir, named)
+      if multihost.on_primary(path.exists):
         continue
       if params is None:
-        logging.warning('evals/%s.json is gone and cannot be made again: '
-                        'training went on since.', label)
+        stages_lib.warn_of_loss(path, stage)
         continue
       with facts.timing(label):
-        stages_lib.evaluate(stage, label, context, params())
-    elif isinstance(stage, selection.SelectStage):
-      chosen = selection.result(context.workdir, label)
-      if not multihost.on_primary(chosen.exists):
-        if params is None:
-          raise types.UserError(
-              f'{chosen} is gone and cannot be made again: training went on '
-              'since; start anew in another --workdir.')
-        with facts.timing(label):
-          stages_lib.select(stage, label, context, params(), config.plan())
+        stages_lib.observe(stage, label, context, params(), plan)
     elif isinstance(stage, merge_stage.MergeStage):
       with facts.timing(label):
         merge_stage.run(stage, label, context)
@@ -279,19 +166,31 @@ def _run_stages(
       params = functools.partial(
           merge_stage.load, label, context) if label in kept else None
     else:
+      within = stages_lib.within(stage, context)
       with facts.timing(label):
         if state is None or place is None or place.stage != label:
+          moments = None if stage.optimizer.reset or state is None else (
+              state.train.opt_state)
+          state = None  # Two stages need not be held at once.
+          if stage.start:
+            params = functools.partial(
+                merge_stage.load, stage.start, context)
           assert params is not None, label
           state = run_state.fresh(
-              params(), stages_lib.optimizer(stage), context,
-              carried=stages_lib.carried(stage))
+              params(), stages_lib.optimizer(stage), within,
+              carried=stages_lib.carried(stage), moments=moments)
           place = run_state.Place(
               stage=label, stage_step=0,
               global_step=place.global_step if place else 0)
         params = None  # Training needs the memory.
-        state, place = stages_lib.train(
-            stage, context, state, place, initial=begin.load)
-        params = functools.partial(getattr, state.train, 'params')
+        with ahead.compiling(
+            [later.stage for later in plan[index + 1:]], context,
+            within=stages_lib.within):
+          state, place = stages_lib.train(
+              stage, within, state, place, initial=begin.load)
+        params = functools.partial(
+            jax.device_put, state.train.params,
+            state_lib.param_shardings(context.model, context.rules))
         if label in kept:
           merge_stage.keep(label, params, context, begin)
   context.checkpointer.wait()
@@ -305,7 +204,7 @@ def _run_stages(
 
 
 def _restore(
-    config: RunConfig, context: run_state.Context
+    config: run_config.RunConfig, context: run_state.Context
 ) -> tuple[run_state.RunState | None, run_state.Place | None]:
   """The newest undamaged checkpoint."""
   trained = config.trained()
@@ -316,7 +215,8 @@ def _restore(
   stage_of = dict(trained)
   restored = context.checkpointer.restore_latest(
       lambda info: run_state.abstract(
-          optimizer, context.model, context.rules,
+          optimizer, context.model,
+          stages_lib.within(stage_of[info['stage']], context).rules,
           **stages_lib.on_host(stage_of[info['stage']], info['data'])))
   if restored is None:
     return None, None
@@ -327,7 +227,7 @@ def _restore(
 
 
 def _begin(
-    config: RunConfig, copy: mirror.Mirror, rules: rules_lib.Rules
+    config: run_config.RunConfig, copy: mirror.Mirror, rules: rules_lib.Rules
 ) -> initial.Initial:
   """Base model or fresh network."""
   if config.init_from:
@@ -343,10 +243,10 @@ def _begin(
       rules=rules, publish=copy.publish)
 
 
-def _is_complete(config: RunConfig, workdir: pathlib.Path) -> bool:
+def _is_complete(config: run_config.RunConfig, workdir: pathlib.Path) -> bool:
   """Whether every result of a finished run is still there."""
-  results = [evals_stage.result(workdir, n.label) for n in config.plan()
-             if isinstance(n.stage, evals_stage.EvalsStage)]
+  results = [stages_lib.result(workdir, n) for n in config.plan()
+             if isinstance(n.stage, stage_list.Observing)]
   if config.export and config.trained():
     results.append(workdir / MODEL_FOLDER)
   return all(result.exists() for result in results)

@@ -1,7 +1,8 @@
-"""One stage of a recipe: what it reads, what it needs, how it is run."""
+"""One stage of a recipe: what it needs and how it is run."""
 
 import contextlib
 import dataclasses
+import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,17 +10,18 @@ from typing import Any
 import optax
 from absl import logging
 
-from longjax import types
-from longjax.agents import memory as memory_lib
+from longjax import stage_list, types
 from longjax.data import dataset, prompt_stats
-from longjax.evals import selection
+from longjax.evals import gradients, selection
 from longjax.evals import stage as evals_stage
+from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import multihost
+from longjax.parallel import rules as rules_lib
 from longjax.reward import hybrid
 from longjax.synthesis import stage as synth_stage
 from longjax.train import (
+  gradient_stage,
   judges,
-  merge_stage,
   partial,
   progress,
   rl_job,
@@ -29,139 +31,24 @@ from longjax.train import (
 )
 from longjax.train import optimizer as optimizer_lib
 
-Training = sft_job.PretrainStage | sft_job.SftStage | rl_stage.RlStage
-Stage = (
-    synth_stage.SynthStage | Training | merge_stage.MergeStage
-    | selection.SelectStage | evals_stage.EvalsStage)
-
 DATA_FOLDER = 'data'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Named:
-  """A stage of a run.
-
-  Attributes:
-    name: under which the config has it.
-    label: unique in the run; evaluations are labelled by number and what they
-      evaluate: '0_base'.
-    stage: its configuration.
-  """
-
-  name: str
-  label: str
-  stage: Stage
+def within(
+    stage: stage_list.Stage, context: run_state.Context
+) -> run_state.Context:
+  """What stays the same while a stage runs: its own mesh, its own seed."""
+  if not isinstance(stage, stage_list.Training):
+    return context
+  rules = context.rules
+  if stage.mesh is not None:
+    devices = sorted(rules.mesh.devices.flat, key=lambda device: device.id)
+    rules = rules_lib.Rules(mesh_lib.make(stage.mesh, devices))
+  return dataclasses.replace(
+      context, seed=context.seed + stage.seed, rules=rules)
 
 
-def splits_read(stage: Stage) -> tuple[str, ...]:
-  """The splits of the data set that a stage reads."""
-  if isinstance(stage, evals_stage.EvalsStage):
-    return stage.splits
-  if isinstance(
-      stage, sft_job.SftStage | rl_stage.RlStage | selection.SelectStage):
-    return (stage.split,)
-  return ()
-
-
-def sources(plan: Sequence[Named], split: str) -> list[str]:
-  """The splits of the data set that a split's examples come from."""
-  by_name = {named.name: named.stage for named in plan}
-  stage = by_name.get(split)
-  if not isinstance(stage, selection.SelectStage):
-    return [split]
-  earlier = [s for name in stage.seen for s in splits_read(by_name[name])]
-  return list(dict.fromkeys(
-      source for s in (stage.split, *earlier) for source in sources(plan, s)))
-
-
-def caps(plan: Sequence[Named]) -> list[synth_stage.Cap]:
-  """What the examples of each split have to fit into."""
-  found = []
-  for named in plan:
-    match named.stage:
-      case sft_job.SftStage(row_len=max_len):
-        field = 'row_len'
-      case rl_stage.RlStage(memory=memory_lib.MemoryConfig() as memory):
-        # So many parts hold it wherever lines end.
-        field = 'max_parts'
-        max_len = named.stage.max_parts * memory.least_part_len
-      case rl_stage.RlStage(max_prompt_len=max_len):
-        field = 'max_prompt_len'
-      case selection.SelectStage(max_prompt_len=max_len):
-        field = 'max_prompt_len'
-      case evals_stage.EvalsStage(lengths=lengths):
-        field, max_len = 'lengths', max(lengths)
-      case _:
-        continue
-    found += [
-        synth_stage.Cap(
-            split=split, field=f'stages.{named.name}.{field}', max_len=max_len,
-            with_response=isinstance(named.stage, sft_job.SftStage))
-        for read in splits_read(named.stage) for split in sources(plan, read)]
-  return list(dict.fromkeys(found))
-
-
-def check_plan(plan: Sequence[Named]) -> None:
-  """Refuses stages that cannot follow each other in one run.
-
-  Raises:
-    UserError: a stage trains twice or reads what none before it writes, or
-      checkpoints of different stages would have different forms.
-  """
-  written: list[str] = []
-  names = [named.name for named in plan]
-  writers = [
-      n.name for n in plan if isinstance(n.stage, synth_stage.SynthStage)]
-  if len(writers) > 1:
-    raise types.UserError(
-        f'recipe runs the synth stages {", ".join(writers)}; a run has one '
-        'data set, so use one of them with all splits.')
-  moments = {n.name: str(n.stage.optimizer.moments) for n in plan
-             if isinstance(n.stage, Training)}
-  if len(set(moments.values())) > 1:
-    raise types.UserError(
-        f'optimizer.moments differ between stages ({moments}); all '
-        'stages of a run share the form of their checkpoints, so set one.')
-  policies, trained = [merge_stage.BASE], list[str]()
-  for named in plan:
-    if isinstance(named.stage, merge_stage.MergeStage):
-      for name in named.stage.names:
-        if name not in policies:
-          raise types.UserError(
-              f'stages.{named.name} merges {name!r}, but before it the recipe '
-              f'has only {", ".join(policies)}; name some of these.')
-    if isinstance(named.stage, Training | merge_stage.MergeStage):
-      policies.append(named.name)
-    if isinstance(named.stage, Training) and names.count(named.name) > 1:
-      raise types.UserError(
-          f'recipe runs stage {named.name!r} twice; only evaluations may '
-          'recur. Configure a second stage with another name.')
-    if isinstance(named.stage, synth_stage.SynthStage):
-      written = named.stage.splits()
-    if isinstance(named.stage, selection.SelectStage):
-      _check_seen(named, trained)
-      written = [*written, named.name]
-    if isinstance(named.stage, rl_stage.RlStage):
-      trained.append(named.name)
-    for split in splits_read(named.stage):
-      if split not in written:
-        there = (f'the synth stage before it writes {", ".join(written)}'
-                 if written else 'no synth stage stands before it')
-        raise types.UserError(
-            f'stages.{named.name} reads the split {split!r}, but {there}.')
-
-
-def _check_seen(named: Named, trained: Sequence[str]) -> None:
-  assert isinstance(named.stage, selection.SelectStage)
-  for name in named.stage.seen:
-    if name not in trained:
-      raise types.UserError(
-          f'stages.{named.name}.seen={named.stage.seen} names {name!r}, which '
-          'is no RL stage before it; there are '
-          f'{", ".join(trained) or "none"}.')
-
-
-def check_mesh(stage: Stage, context: run_state.Context) -> None:
+def check_mesh(stage: stage_list.Stage, context: run_state.Context) -> None:
   """Refuses batches that do not divide over devices."""
   match stage:
     case rl_stage.RlStage():
@@ -170,16 +57,13 @@ def check_mesh(stage: Stage, context: run_state.Context) -> None:
       sft_job.check(stage, context)
     case evals_stage.EvalsStage():
       evals_stage.check(stage, context.rules)
+    case selection.SelectStage():
+      evals_stage.check(selection.attempts(stage), context.rules)
+    case gradient_stage.GradientStage():
+      rl_stage.check(stage.rl, context)
 
 
-def kept(plan: Sequence[Named]) -> set[str]:
-  """Names of the policies that a merge reads."""
-  return {name for named in plan
-          if isinstance(named.stage, merge_stage.MergeStage)
-          for name in named.stage.names}
-
-
-def optimizer(stage: Training) -> optax.GradientTransformation:
+def optimizer(stage: stage_list.Training) -> optax.GradientTransformation:
   """Of a stage, with the schedule of all its steps."""
   num_steps = stage.steps
   if isinstance(stage, rl_stage.RlStage):
@@ -187,12 +71,12 @@ def optimizer(stage: Training) -> optax.GradientTransformation:
   return optimizer_lib.make(stage.optimizer, num_steps=num_steps)
 
 
-def carried(stage: Training) -> partial.Carried | None:
+def carried(stage: stage_list.Training) -> partial.Carried | None:
   """What a stage's checkpoints hold of unfinished responses."""
   return stage.carried() if isinstance(stage, rl_stage.RlStage) else None
 
 
-def on_host(stage: Training, data: Any) -> dict[str, Any]:
+def on_host(stage: stage_list.Training, data: Any) -> dict[str, Any]:
   """What a stage's checkpoints hold beside arrays on devices.
 
   Args:
@@ -209,7 +93,7 @@ def on_host(stage: Training, data: Any) -> dict[str, Any]:
 
 
 def train(
-    stage: Training,
+    stage: stage_list.Training,
     context: run_state.Context,
     state: run_state.RunState,
     place: run_state.Place,
@@ -261,7 +145,7 @@ def select(
     label: str,
     context: run_state.Context,
     params: types.Params,
-    plan: Sequence[Named],
+    plan: Sequence[stage_list.Named],
 ) -> None:
   """Chooses the examples of a later stage, once."""
   by_name = {named.name: named.stage for named in plan}
@@ -280,10 +164,7 @@ def select(
       seen[one] = split_of[one], task_of[one], row['mean']
   candidates = list(examples(context, stage.split))
   tried = evals_stage.answer(
-      evals_stage.EvalsStage(
-          splits=(stage.split,), lengths=(stage.max_prompt_len,),
-          num_samples=stage.num_samples, sampler=stage.sampler,
-          prompts_at_once=stage.prompts_at_once),
+      selection.attempts(stage),
       name=label, params=params, examples={stage.split: candidates},
       score=hybrid.score, model=context.model, tokenizer=context.tokenizer,
       rules=context.rules, compute=context.compute, seed=context.seed,
@@ -301,7 +182,7 @@ def select(
 def synthesise(
     stage: synth_stage.SynthStage,
     context: run_state.Context,
-    plan: Sequence[Named],
+    plan: Sequence[stage_list.Named],
 ) -> None:
   """Writes the data set once, and checks that `plan` can use it."""
   directory = context.workdir / DATA_FOLDER
@@ -314,7 +195,7 @@ def synthesise(
     if not dataset.is_complete(directory):
       synth_stage.run(
           stage, directory=directory, seed=context.seed,
-          tokenizer=context.tokenizer, caps=caps(plan),
+          tokenizer=context.tokenizer, caps=stage_list.caps(plan),
           progress=progress.Progress, log=logging.warning,
           check_stop=check_stop)
 
@@ -322,7 +203,7 @@ def synthesise(
       write_once, errors=(types.UserError, run_state.Stopped))
   context.publish()
   for named in plan:
-    if isinstance(named.stage, rl_stage.RlStage) and sources(
+    if isinstance(named.stage, rl_stage.RlStage) and stage_list.sources(
         plan, named.stage.split) == [named.stage.split]:
       num_asked, split = named.stage.num_asked, named.stage.split
       num_examples = len(dataset.of_tasks(
@@ -354,3 +235,56 @@ def evaluate(
       workdir=context.workdir, progress=progress.Progress,
       check_stop=lambda: context.check_stop(f'during evaluation {label}'))
   context.publish()
+
+
+def measure_gradients(
+    stage: gradient_stage.GradientStage,
+    label: str,
+    context: run_state.Context,
+    params: types.Params,
+) -> None:
+  """Writes how entropy goes with gradients."""
+  measured = gradient_stage.run(
+      stage, label, context, params,
+      examples=examples(context, stage.rl.split, stage.rl.tasks),
+      score=hybrid.score)
+  multihost.on_primary(lambda: gradients.save(
+      context.workdir, label, responses=measured.responses,
+      tokens=measured.tokens))
+  context.publish()
+
+
+def result(workdir: pathlib.Path, named: stage_list.Named) -> pathlib.Path:
+  """The file that an observing stage writes."""
+  match named.stage:
+    case evals_stage.EvalsStage():
+      return evals_stage.result(workdir, named.label)
+    case selection.SelectStage():
+      return selection.result(workdir, named.label)
+    case _:
+      return gradients.result(workdir, named.label)
+
+
+def warn_of_loss(path: pathlib.Path, stage: stage_list.Observing) -> None:
+  """Says that a result is gone; a selection is needed, so that is an error."""
+  gone = f'{path} is gone and cannot be made again: training went on since'
+  if isinstance(stage, selection.SelectStage):
+    raise types.UserError(f'{gone}; start anew in another --workdir.')
+  logging.warning('%s.', gone)
+
+
+def observe(
+    stage: stage_list.Observing,
+    label: str,
+    context: run_state.Context,
+    params: types.Params,
+    plan: Sequence[stage_list.Named],
+) -> None:
+  """Looks at the policy so far and writes `result`."""
+  match stage:
+    case evals_stage.EvalsStage():
+      evaluate(stage, label, context, params)
+    case selection.SelectStage():
+      select(stage, label, context, params, plan)
+    case _:
+      measure_gradients(stage, label, context, params)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from longjax import config, recipe, rows, stages, types
+from longjax import config, rows, run_config, stages, types
 from longjax.ask import settings
 from longjax.bench import suite
 from longjax.model import huggingface_config
@@ -70,7 +70,7 @@ OTHERS = {
 
 def build(path: pathlib.Path, variant: str) -> Any:
   values = load(path).get_config(*([variant] if variant else []))
-  made = OTHERS.get(values.get('job'), recipe.RunConfig)
+  made = OTHERS.get(values.get('job'), run_config.RunConfig)
   return config.build(made, values, 'config')
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from longjax import recipe, stages, types
+from longjax import recipe, stage_list, stages, types
 from longjax.data import dataset, records
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.model import huggingface
@@ -264,7 +264,7 @@ def test_own_examples_that_fit_nowhere_are_named_or_left_out(tmp_path, caplog):
     synth_stage.run(
         stage, directory=tmp_path / 'c', seed=0,
         tokenizer=tokenizer_lib.load(tmp_path / 'b' / 'tokenizer'),
-        caps=stages.caps(tiny_recipe.config(both).plan()),
+        caps=stage_list.caps(tiny_recipe.config(both).plan()),
         progress=progress.Progress, check_stop=lambda: None,
         log=logging.warning)
   assert 'left out 1 of 41 examples' in caplog.text

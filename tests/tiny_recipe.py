@@ -11,7 +11,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from longjax import config as config_lib
-from longjax import recipe
+from longjax import recipe, run_config
 
 _OPTIMIZER = {'learning_rate': 3e-3, 'warmup_steps': 2}
 _SAMPLER = {'temperature': 1.0, 'max_response_len': 12}
@@ -96,9 +96,9 @@ def values(changes: dict[str, Any] | None = None) -> dict[str, Any]:
   return made
 
 
-def config(changes: dict[str, Any] | None = None) -> recipe.RunConfig:
+def config(changes: dict[str, Any] | None = None) -> run_config.RunConfig:
   """The recipe with dotted keys changed."""
-  return config_lib.build(recipe.RunConfig, values(changes), 'config')
+  return config_lib.build(run_config.RunConfig, values(changes), 'config')
 
 
 def run(workdir: pathlib.Path, changes: dict[str, Any] | None = None) -> int:

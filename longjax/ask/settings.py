@@ -60,7 +60,7 @@ class AskConfig:
     show_memory: show the memory after every part.
     dtype: of weights and activations; 'auto' is float32 on CPUs and bfloat16
       elsewhere.
-    cpu_devices: see `recipe.RunConfig`.
+    cpu_devices: see `run_config.RunConfig`.
     mesh: devices that the model lies on.
   """
 

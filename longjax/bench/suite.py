@@ -109,7 +109,7 @@ class BenchConfig:
       model's sizes; weights are random all the same.
     model: sizes, if `init_from` is empty.
     seed: of weights and tokens.
-    cpu_devices: see `recipe.RunConfig`.
+    cpu_devices: see `run_config.RunConfig`.
     mesh: see `mesh.MeshConfig`.
     compute: backends, dtype, remat.
     peak_tflops: of one device at `compute.dtype`; 0 takes what is known of the

@@ -9,6 +9,7 @@ any time, of a finished run or a running one:
   rollouts.jsonl   rollouts kept for reading
   evals/*.json     evaluations, e.g. 0_base, 1_sft, 2_rl
   models/*.json    merges
+  gradients/*.json policies whose gradients were measured
 
 Whatever is missing is left out.
 """
@@ -19,9 +20,18 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longjax import config as config_lib
 from longjax import types
 from longjax.data import records as record_files
-from longjax.evals import curves, page, reading, runner, tables
+from longjax.evals import (
+  comparison,
+  curves,
+  gradients,
+  page,
+  reading,
+  runner,
+  tables,
+)
 
 REPORT_FILE = 'report.html'
 
@@ -55,10 +65,13 @@ def write(
   rollouts = record_files.read(workdir / 'rollouts.jsonl')
   evaluations = [e for e in runner.load(workdir) if e['records']]
   sections = [
+      ('comparison', 'Comparison',
+       _comparison(config, metrics, evaluations)),
       ('result', 'Held-out result', _result(evaluations)),
       ('rl', 'Reinforcement learning', _figures(curves.rl_charts(metrics))),
       ('sft', 'Supervised fine-tuning',
        _figures(curves.sft_charts(metrics))),
+      ('gradients', 'Entropy and gradients', gradients.section(workdir)),
       ('merge', 'Merge', _merges(workdir)),
       ('rollouts', 'Rollouts', reading.rollouts(
           rollouts, max_groups=max_rollouts)),
@@ -141,6 +154,19 @@ def _result_of_mode(evaluations: Sequence[tables.Evaluation]) -> str:
       + tables.by_length(evaluations) + '</div></div>'
       + tables.matrix(evaluations) + '<h3>Responses</h3><div class="panel">'
       + tables.health(evaluations) + '</div>')
+
+
+def _comparison(
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[tables.Evaluation],
+) -> str:
+  """The arms of an experiment; nothing if the run is none."""
+  if not config.get('comparison'):
+    return ''
+  return comparison.section(
+      config_lib.build(comparison.Comparison, config['comparison']),
+      metrics, evaluations)
 
 
 def _merges(workdir: pathlib.Path) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from longjax import types
 from longjax.data import difficulty, next_stage, records
 from longjax.evals import scores
+from longjax.evals import stage as evals_stage
 from longjax.rollout import decode
 
 FOLDER = 'selected'
@@ -59,6 +60,14 @@ class SelectStage:
       if getattr(self, name) < 1:
         raise types.UserError(
             f'select.{name}={getattr(self, name)} must be >= 1.')
+
+
+def attempts(stage: SelectStage) -> evals_stage.EvalsStage:
+  """The evaluation in which the policy tries the candidates."""
+  return evals_stage.EvalsStage(
+      splits=(stage.split,), lengths=(stage.max_prompt_len,),
+      num_samples=stage.num_samples, sampler=stage.sampler,
+      prompts_at_once=stage.prompts_at_once)
 
 
 def result(workdir: pathlib.Path, name: str) -> pathlib.Path:

@@ -4,8 +4,10 @@
   mean over task types | 0.35 [0.31, 0.39] | 0.56 [0.52, 0.60] | +0.21 [...]
 """
 
+import json
 import math
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -13,7 +15,16 @@ import rich.box
 import rich.console
 import rich.table
 
-from longjax.evals import bootstrap, curves, runner, scores, tables
+from longjax import config as config_lib
+from longjax.data import records
+from longjax.evals import (
+  bootstrap,
+  comparison,
+  curves,
+  runner,
+  scores,
+  tables,
+)
 
 # Enough for five evaluations; a log file has no edge.
 _LOG_WIDTH = 160
@@ -30,10 +41,35 @@ def show(workdir: str | os.PathLike[str], stream: TextIO) -> None:
   console = rich.console.Console(
       file=stream, width=None if stream.isatty() else _LOG_WIDTH,
       highlight=False, markup=False)
+  config_file = pathlib.Path(workdir) / 'config.json'
+  content = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+  if content.get('comparison'):
+    _compare(console, config_lib.build(
+        comparison.Comparison, content['comparison']), records.read(
+            pathlib.Path(workdir) / 'metrics.jsonl'), evaluations)
+    return  # Its arms are too many for columns.
   for how, some in tables.by_mode(evaluations):
     if how:
       console.print(f'\n{how[0].upper()}{how[1:]}:')
     console.print(_table(some, is_terminal=stream.isatty()))
+
+
+def _compare(
+    console: rich.console.Console,
+    made: comparison.Comparison,
+    metrics: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[tables.Evaluation],
+) -> None:
+  """The arms of an experiment."""
+  console.print(made.claim)
+  table = rich.table.Table(
+      box=rich.box.ROUNDED if console.is_terminal else rich.box.ASCII2)
+  table.add_column('mean (each seed)')
+  for measure in made.measures:
+    table.add_column(measure.name)
+  for row in comparison.rows(made, metrics, evaluations):
+    table.add_row(row.arm, *map(comparison.cell, row.values))
+  console.print(table)
 
 
 def _table(

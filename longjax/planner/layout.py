@@ -102,10 +102,12 @@ def sampler(
     model: architecture.ModelConfig,
     rules: rules_lib.Rules,
     compute: compute_lib.Compute,
+    *,
+    stop_ids: tuple[int, ...] = (0, 1),
 ) -> decode.Programs:
-  """The sampler's programs; which tokens stop changes nothing."""
+  """The sampler's programs; which tokens stop changes no shape."""
   return engine.programs(
       stage.engine, stage.max_prompt_len, sampler=stage.sampler,
       rules=rules_lib.for_sampler(rules, prompts_at_once(stage)),
-      config=model, compute=compute, stop_ids=(0, 1),
+      config=model, compute=compute, stop_ids=stop_ids,
       record_experts=stage.replay_experts)

@@ -76,12 +76,23 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-  """What the programs of a stage are compiled for."""
+  """What the programs of a stage are compiled for.
+
+  Attributes:
+    stage: its configuration.
+    model: sizes of the network.
+    rules: logical axes to mesh axes.
+    compute: backends, dtype, remat.
+    row_len: T of rows; 0 means the longest.
+    stop_ids: of the sampler; which they are changes neither memory nor speed.
+  """
 
   stage: layout.Stage
   model: architecture.ModelConfig
   rules: rules_lib.Rules
   compute: compute_lib.Compute
+  row_len: int = 0
+  stop_ids: tuple[int, ...] = (0, 1)
 
   @property
   def context(self) -> Any:
@@ -95,9 +106,9 @@ class Shapes:
         shape, dtype, sharding=self.rules.sharding(*logical))
 
   def rows(self) -> rows.Rows:
-    """The micro-batch of the longest rows, [B, T]."""
+    """A micro-batch, [B, T]."""
     shape = (layout.rows_at_once(self.stage, self.rules),
-             layout.row_lens(self.stage)[-1])
+             self.row_len or layout.row_lens(self.stage)[-1])
     made = jax.tree.map(
         lambda x: self.array(shape, x.dtype, 'batch', 'seq'), rows.empty(1, 1))
     if getattr(self.stage, 'replay_experts', False):
@@ -164,7 +175,8 @@ def _of_sampler(shapes: Shapes, make: Callable[..., Any]) -> Any:
   stage = shapes.stage
   assert isinstance(stage, rl_stage.RlStage)
   return make(layout.sampler(
-      stage, shapes.model, shapes.rules, shapes.compute), stage.engine)
+      stage, shapes.model, shapes.rules, shapes.compute,
+      stop_ids=shapes.stop_ids), stage.engine)
 
 
 def prefill(shapes: Shapes) -> sampler_shapes.Program:
@@ -201,6 +213,15 @@ def names(stage: layout.Stage) -> tuple[layout.Name, ...]:
   if not stage.is_scored:
     names.remove('score')
   return tuple(names)
+
+
+def of_all_rows(shapes: Shapes) -> Iterator[tuple[layout.Name, Shapes]]:
+  """Each program at each length of rows that it is compiled for."""
+  for name in names(shapes.stage):
+    row_lens = layout.row_lens(shapes.stage) if (
+        name in ('score', 'update')) else (0,)
+    for row_len in row_lens:
+      yield name, dataclasses.replace(shapes, row_len=row_len)
 
 
 def _params(shapes: Shapes) -> types.Params:

@@ -35,7 +35,7 @@ class ConvertConfig:
     dtype: of the tensors; 'source' is that of the source's tensors, or of
       the base model if a run began with one, else float32.
     max_file_bytes: more are split over several files.
-    cpu_devices: see `recipe.RunConfig`.
+    cpu_devices: see `run_config.RunConfig`.
     mesh: devices the model lies on meanwhile.
   """
 

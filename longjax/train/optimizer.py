@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ class OptimizerConfig:
     weight_decay: decoupled, times the learning rate; matrices only.
     clip_norm: gradients are scaled down to this global norm.
     moments: see `Moments`.
+    reset: a stage forgets the moments of the one before; False goes on with
+      them, under a schedule of its own.
   """
 
   learning_rate: float
@@ -49,6 +52,7 @@ class OptimizerConfig:
   weight_decay: float = 0.0
   clip_norm: float = 1.0
   moments: Moments = Moments.FULL
+  reset: bool = True
 
   def __post_init__(self):
     if self.learning_rate <= 0.0:
@@ -98,6 +102,17 @@ def make(
       optax.adamw(
           learning_rate, b1=config.b1, b2=config.b2,
           weight_decay=config.weight_decay, mask=_is_matrix))
+
+
+def resume(old: Any, fresh: Any) -> Any:
+  """The moments of `old` under the schedule of `fresh`, from its start."""
+
+  def is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  return jax.tree.map(
+      lambda before, after: after if is_schedule(after) else before,
+      old, fresh, is_leaf=is_schedule)
 
 
 def _is_matrix(params):

@@ -132,7 +132,8 @@ class RlJob:
     self._sample: sampling.Sampler = sampler(
         context, stage, examples=examples, name=name,
         balance=task_balance.TaskBalancedSampler(
-            task_of, batch_size=stage.num_asked, seed=context.seed))
+            task_of if stage.task_balanced else [''] * len(task_of),
+            batch_size=stage.num_asked, seed=context.seed))
     self.engine = self._sample.engine
 
     def stage_loss(params, packed, extras):

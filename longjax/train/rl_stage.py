@@ -6,6 +6,7 @@ from typing import Literal
 
 from longjax import types
 from longjax.agents import memory as memory_lib
+from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import rules as rules_lib
 from longjax.parallel import token_order
 from longjax.reward import grading
@@ -24,10 +25,15 @@ class RlStage:
 
   Attributes:
     job: marks the kind of stage.
+    start: name of the stage whose policy this one begins with, 'base' for the
+      run's; '' goes on from the stage before.
+    seed: added to the run's, for stages that repeat each other.
+    mesh: devices along each axis while it trains; None takes the run's.
     steps: batches of rollouts.
     split: of the data set, where prompts come from.
     tasks: of the split, those that are asked; none means all.
-    num_prompts: P, trained on at once, balanced over tasks.
+    num_prompts: P, trained on at once.
+    task_balanced: as many of every task; False draws from all alike.
     num_samples: G.
     oversample: prompts sampled for each one trained on, see
       `data.dynamic_sampling`; 3 is usual, 1 trains on all. Sampling a step
@@ -79,10 +85,14 @@ class RlStage:
   """
 
   job: Literal['rl'] = 'rl'
+  start: str = ''
+  seed: int = 0
+  mesh: mesh_lib.MeshConfig | None = None
   steps: int
   split: str = 'rl'
   tasks: tuple[str, ...] = ()
   num_prompts: int = 128
+  task_balanced: bool = True
   num_samples: int = 8
   oversample: int = 1
   prompts_at_once: int = 0

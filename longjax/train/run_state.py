@@ -143,10 +143,20 @@ def fresh(
     context: Context,
     *,
     carried: partial.Carried | None = None,
+    moments: Any = None,
 ) -> RunState:
-  """The state at the start of a stage: given parameters, all else reset."""
+  """The state at the start of a stage: all is reset but what is given.
+
+  Args:
+    params: the policy.
+    optimizer: of the stage.
+    context: of the stage; arrays are brought to its mesh.
+    carried: responses to go on with.
+    moments: the optimizer's state of the stage before, to go on with.
+  """
   return RunState(
-      train=state_lib.create(params, context.model, optimizer, context.rules),
+      train=state_lib.create(
+          params, context.model, optimizer, context.rules, moments=moments),
       aepo=multihost.put(entropy_control.init(), context.rules.sharding()),
       carried=carried)
 

@@ -21,6 +21,7 @@ from longjax.agents import demonstrations
 from longjax.agents import memory as memory_lib
 from longjax.data import chat, packing, pipeline, prompts
 from longjax.data import tokenizer as tokenizer_lib
+from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import token_order
 from longjax.rl import loss as loss_lib
 from longjax.synthesis import pretraining
@@ -34,6 +35,10 @@ class SupervisedConfig:
   """What pretraining and SFT share.
 
   Attributes:
+    start: name of the stage whose policy this one begins with, 'base' for the
+      run's; '' goes on from the stage before.
+    seed: added to the run's, for stages that repeat each other.
+    mesh: devices along each axis while it trains; None takes the run's.
     steps: optimizer steps.
     num_rows: B, rows of a batch.
     row_len: T, tokens of a row.
@@ -41,6 +46,9 @@ class SupervisedConfig:
     optimizer: see there.
   """
 
+  start: str = ''
+  seed: int = 0
+  mesh: mesh_lib.MeshConfig | None = None
   steps: int
   num_rows: int
   row_len: int

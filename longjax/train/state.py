@@ -10,6 +10,7 @@ from flax import struct
 from longjax import types
 from longjax.model import architecture, parameters
 from longjax.parallel import rules as rules_lib
+from longjax.train import optimizer as optimizer_lib
 
 
 @struct.dataclass
@@ -83,8 +84,18 @@ def create(
     config: architecture.ModelConfig,
     optimizer: optax.GradientTransformation,
     rules: rules_lib.Rules,
+    *,
+    moments: Any = None,
 ) -> TrainState:
-  """The state at the start of a stage: fresh moments and counters."""
+  """The state at the start of a stage: fresh counters, and moments if none.
+
+  Args:
+    params: the policy, on any mesh of these devices.
+    config: sizes of the network.
+    optimizer: of the stage.
+    rules: of the stage.
+    moments: `TrainState.opt_state` of the stage before, to go on with.
+  """
   where = shardings(config, optimizer, rules)
 
   def fresh(params):
@@ -95,7 +106,11 @@ def create(
         skipped_in_a_row=jnp.zeros((), jnp.int32))
 
   params = jax.device_put(params, where.params)
-  return jax.jit(fresh, out_shardings=where)(params)
+  state = jax.jit(fresh, out_shardings=where)(params)
+  if moments is None:
+    return state
+  return state.replace(opt_state=optimizer_lib.resume(
+      jax.device_put(moments, where.opt_state), state.opt_state))
 
 
 def abstract(
