@@ -15,9 +15,18 @@ from etils.epath import backend
 from longjax import config as config_lib
 from longjax import main, recipe, types
 from longjax.data import tokenizer as tokenizer_lib
+from longjax.evals import selection
 from longjax.model import huggingface
 from longjax.rollout import engine
-from longjax.train import checkpoint, convert_job, initial, mirror, workdir
+from longjax.train import (
+    checkpoint,
+    convert_job,
+    initial,
+    merge_stage,
+    mirror,
+    rl_job,
+    workdir,
+)
 from tests import object_store, tiny_model, tiny_recipe
 
 URL = 'gs://bucket/runs/tiny'
@@ -226,7 +235,13 @@ def test_a_work_directory_in_a_store_is_tried_out(store, monkeypatch):
 def test_other_processes_take_what_they_read_from_the_store(
     store, disk, monkeypatch):
   primary = mirror.Mirror(URL)
-  for name in ('config.json', 'data/x/info.json', 'metrics.jsonl'):
+  # The last two only the primary process reads.
+  *read, _, _ = names = (
+      'config.json', 'data/x/info.json',
+      f'{merge_stage.FOLDER}/rl/config.json',
+      f'{rl_job.PROMPT_STATS_FOLDER}/rl.jsonl',
+      f'{selection.FOLDER}/harder.json', 'model/config.json', 'metrics.jsonl')
+  for name in names:
     (primary.local / name).parent.mkdir(parents=True, exist_ok=True)
     (primary.local / name).write_text(name)
   primary.publish()
@@ -240,5 +255,4 @@ def test_other_processes_take_what_they_read_from_the_store(
   other.publish()
   workdir.check_shared(other)
   assert {p.relative_to(other.local).as_posix()
-          for p in other.local.rglob('*') if p.is_file()} == {
-              'config.json', 'data/x/info.json'}
+          for p in other.local.rglob('*') if p.is_file()} == set(read)

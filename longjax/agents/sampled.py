@@ -33,14 +33,32 @@ def generate(
     prompts = [
         types.Prompt(example=examples[p.query], tokens=p.tokens,
                      number=numbers[p.query]) for p in asked]
-    reader_and_turn = np.asarray([(p.sample, p.turn) for p in asked], np.uint32)
-    keys = jax.vmap(lambda x: jax.random.fold_in(
-        jax.random.fold_in(key, x[0]), x[1]))(reader_and_turn)
     rollouts = session.sample(
-        prompts, engine.prompt_keys(keys, prompts), num_samples=1)
+        prompts, engine.prompt_keys(turn_keys(key, asked), prompts),
+        num_samples=1)
     return [_response(rollouts, i) for i in range(len(asked))]
 
   return written
+
+
+def turn_keys(
+    key: jax.Array,  # key[]
+    asked: Sequence[rounds.Prompt],
+) -> jax.Array:  # key[P]
+  """A key for each prompt, by its reader and its turn."""
+  readers, turns = np.asarray(
+      [(p.sample, p.turn) for p in asked], np.uint32).T
+  return _fold_in(_fold_in(key, readers), turns)
+
+
+# Outside of a program it is traced anew in every round.
+@jax.jit
+def _fold_in(
+    key: jax.Array,  # key[] or key[P]
+    numbers: jax.Array,  # u32[P]
+) -> jax.Array:  # key[P]
+  return jax.vmap(
+      jax.random.fold_in, in_axes=(0 if key.ndim else None, 0))(key, numbers)
 
 
 def _response(rollouts: types.Rollouts, i: int) -> rounds.Response:

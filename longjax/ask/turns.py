@@ -124,10 +124,7 @@ class _Reading:
         types.Prompt(
             example=self._asked[p.query].example(), tokens=p.tokens,
             number=self._asked[p.query].number) for p in prompts]
-    # The same as of `sampled.generate`.
-    keys = jax.numpy.stack([
-        jax.random.fold_in(jax.random.fold_in(self._key, p.sample), p.turn)
-        for p in prompts])
+    keys = sampled.turn_keys(self._key, prompts)
     stop_ids = self._model.tokenizer.stop_ids
     return [
         rounds.Response(tokens=tokens, is_finished=tokens[-1] in stop_ids)

@@ -33,7 +33,9 @@ from longjax.parallel import multihost
 LIST_FILE = 'MIRROR.json'
 
 # What other processes read of what the primary one wrote.
-_FOR_ALL = ('config.json', 'tokenizer/', 'data/')
+_FOR_ALL = (
+    'config.json', 'tokenizer/', 'data/', 'models/', 'prompt_stats/',
+    'selected/')
 # Of a Hugging Face directory; others hold the weights once more.
 _MODEL_SUFFIXES = ('.json', '.jinja', '.model', '.safetensors', '.txt')
 
