@@ -48,17 +48,7 @@ def turn_keys(
   """A key for each prompt, by its reader and its turn."""
   readers, turns = np.asarray(
       [(p.sample, p.turn) for p in asked], np.uint32).T
-  return _fold_in(_fold_in(key, readers), turns)
-
-
-# Outside of a program it is traced anew in every round.
-@jax.jit
-def _fold_in(
-    key: jax.Array,  # key[] or key[P]
-    numbers: jax.Array,  # u32[P]
-) -> jax.Array:  # key[P]
-  return jax.vmap(
-      jax.random.fold_in, in_axes=(0 if key.ndim else None, 0))(key, numbers)
+  return engine.fold_in(engine.fold_in(key, readers), turns)
 
 
 def _response(rollouts: types.Rollouts, i: int) -> rounds.Response:

@@ -200,15 +200,24 @@ def programs(
       max_steps=min(_MAX_STEPS, sampler.max_response_len), **facts)
 
 
+# Compiled, because `vmap` alone traces it anew in every call.
+@jax.jit
+def fold_in(
+    key: jax.Array,  # key[] or key[P]
+    numbers: jax.Array,  # u32[P]
+) -> jax.Array:  # key[P]
+  """A key for each number."""
+  in_axes = (0 if key.ndim else None, 0)
+  return jax.vmap(jax.random.fold_in, in_axes=in_axes)(key, numbers)
+
+
 def prompt_keys(
     key: jax.Array,  # key[] or key[P]
     prompts: Sequence[types.Prompt],
 ) -> np.ndarray:  # u32[P, ...]
   """One raw key for each prompt, whatever else is in the batch."""
   numbers = np.asarray([prompt.number for prompt in prompts], np.uint32)
-  in_axes = (0 if key.ndim else None, 0)
-  keys = jax.vmap(jax.random.fold_in, in_axes=in_axes)(key, numbers)
-  return np.asarray(jax.random.key_data(keys))
+  return np.asarray(jax.random.key_data(fold_in(key, numbers)))
 
 
 class Session:

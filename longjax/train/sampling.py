@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import jax
 import numpy as np
 
 from longjax import rows, types
@@ -122,8 +121,7 @@ class OneTurn:
         prompts.to_prompt(
             self._examples[int(i)], context.tokenizer,
             max_len=stage.max_prompt_len) for i in drawn.example]
-    born = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        context.key(self._name), drawn.born)
+    born = engine_lib.fold_in(context.key(self._name), drawn.born)
     texts: dict[tuple[int, int], str] = {}
 
     def on_end(rollouts: types.Rollouts, p: int, g: int) -> None:
