@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from longjax import types
 from longjax.agents import memory
 
 
@@ -108,6 +109,14 @@ class Reader:
   sample: int = 0
   turn: int = 0
   notes: memory.Notes = memory.Notes()
+
+
+def query(agent: memory.MemoryAgent, example: types.TaskExample) -> Query:
+  """What an example asks; all parts of its documents are held."""
+  parts = list(agent.parts(example.documents))
+  return Query(
+      question=example.question, instruction=example.instruction,
+      num_parts=len(parts), parts=parts)
 
 
 def read(

@@ -207,13 +207,7 @@ def _read(
     generate: rounds.Generate,
 ) -> list[list[runner.Response]]:
   """The memory agent's answers about the documents of prompts."""
-  queries = []
-  for prompt in batch:
-    parts = list(agent.parts(prompt.example.documents))
-    queries.append(rounds.Query(
-        question=prompt.example.question,
-        instruction=prompt.example.instruction, num_parts=len(parts),
-        parts=parts))
+  queries = [rounds.query(agent, prompt.example) for prompt in batch]
   lengths = np.zeros((len(batch), num_samples), np.int64)
   answers: dict[tuple[int, int], rounds.Response] = {}
   for turns in rounds.read(agent, queries, generate, [

@@ -86,16 +86,14 @@ class MemoryTurns:
         metrics=session.stats.metrics() | metrics(turns), turns=turns)
 
   def _query(self, example: types.TaskExample) -> rounds.Query:
-    parts = list(self._agent.parts(example.documents))
-    if len(parts) > self._stage.max_parts:
+    made = rounds.query(self._agent, example)
+    if made.num_parts > self._stage.max_parts:
       raise types.UserError(
-          f'example {example.id!r} has {len(parts)} parts of '
+          f'example {example.id!r} has {made.num_parts} parts of '
           f'memory.part_len={self._agent.config.part_len} tokens, '
           f'rl.max_parts={self._stage.max_parts}; raise one of them or use '
           'shorter documents.')
-    return rounds.Query(
-        question=example.question, instruction=example.instruction,
-        num_parts=len(parts), parts=parts)
+    return made
 
   def _rollouts(
       self, by_trajectory: Sequence[Sequence[rounds.Turn]]
