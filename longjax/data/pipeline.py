@@ -53,6 +53,17 @@ Demonstrate = Callable[
     [types.TaskExample, np.random.Generator], tuple[list[int], list[int]]]
 
 
+def answer(
+    example: types.TaskExample,
+    tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    with_reasoning: bool,
+) -> tuple[list[int], list[int]]:
+  """An example's prompt and its response; see `prompts.demonstration`."""
+  return chat.render_prompt(example, tokenizer), prompts.demonstration(
+      example, tokenizer, with_reasoning=with_reasoning)
+
+
 def sft_batches(
     examples: Sequence[types.TaskExample],
     tokenizer: tokenizer_lib.Tokenizer,
@@ -78,16 +89,15 @@ def sft_batches(
     raise types.UserError(
         'SFT has no examples; check the split and the length limits.')
 
-  def answer(
+  def draw(
       example: types.TaskExample, rng: np.random.Generator
   ) -> tuple[list[int], list[int]]:
-    return chat.render_prompt(example, tokenizer), prompts.demonstration(
-        example, tokenizer,
-        with_reasoning=rng.random() < config.reasoning_fraction)
+    return answer(example, tokenizer,
+                  with_reasoning=rng.random() < config.reasoning_fraction)
 
   def group(index: int, rng: np.random.Generator) -> rows.Group:
     example = examples[index]
-    prompt, response = (demonstrate or answer)(example, rng)
+    prompt, response = (demonstrate or draw)(example, rng)
     result = rows.Group(prompt=prompt, branches=[
         rows.Branch(trajectory=0, response=response)])
     if result.num_tokens > config.row_len:

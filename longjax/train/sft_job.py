@@ -19,7 +19,7 @@ from flax import struct
 from longjax import reductions, rows, types
 from longjax.agents import demonstrations
 from longjax.agents import memory as memory_lib
-from longjax.data import chat, packing, pipeline, prompts
+from longjax.data import packing, pipeline
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.parallel import mesh as mesh_lib
 from longjax.parallel import token_order
@@ -203,7 +203,7 @@ def _demonstrate(
     if is_turn and example.task in (stage.memory_tasks or (example.task,)):
       return demonstrations.turn(
           example, agent, tokenizer, rng, with_reasoning=with_reasoning)
-    return chat.render_prompt(example, tokenizer), prompts.demonstration(
+    return pipeline.answer(
         example, tokenizer, with_reasoning=with_reasoning)
 
   return demonstrate
