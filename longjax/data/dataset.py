@@ -8,20 +8,19 @@ split=SPLIT)`; TensorFlow is not needed. The data set is written beside its
 place and renamed when complete, so what can be read is whole.
 """
 
-import bisect
 import contextlib
 import itertools
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import overload
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from longjax import types
+from longjax.data import example_records
 
 VERSION = '1.0.0'
 
@@ -32,16 +31,17 @@ _EXAMPLES_PER_CALL = 512
 
 
 class Examples(Sequence[types.TaskExample]):
-  """The examples of one split, read from disk one at a time."""
+  """Examples that are read one at a time, when they are asked for."""
 
-  def __init__(self, source: Any, *, directory: pathlib.Path, split: str):
-    """Wraps a TFDS data source; use `read`."""
-    self._source = source
-    self._directory = directory
-    self._split = split
+  def __init__(
+      self, num_examples: int, read_one: Callable[[int], types.TaskExample]
+  ):
+    """Reads nothing yet; use `read`, `of_ids` or `of_tasks`."""
+    self._num_examples = num_examples
+    self._read_one = read_one
 
   def __len__(self) -> int:
-    return len(self._source)
+    return self._num_examples
 
   @overload
   def __getitem__(self, index: int) -> types.TaskExample: ...
@@ -54,41 +54,10 @@ class Examples(Sequence[types.TaskExample]):
       return [self[i] for i in range(*index.indices(len(self)))]
     if not -len(self) <= index < len(self):
       raise IndexError(f'example {index} of {len(self)}')
-    index = int(index) % len(self)
-    try:
-      record = self._source[index]
-    except Exception as e:  # ArrayRecord raises types of its own.
-      raise types.UserError(
-          f'{self._directory}: example {index} of split {self._split!r} is '
-          'damaged; delete the directory and write it again.') from e
-    return _from_record(record)
+    return self._read_one(int(index) % len(self))
 
   def __iter__(self) -> Iterator[types.TaskExample]:
     return (self[i] for i in range(len(self)))
-
-
-class Subset(Sequence[types.TaskExample]):
-  """Some examples of a split, read when they are asked for."""
-
-  def __init__(
-      self, examples: Sequence[types.TaskExample], indices: Sequence[int]
-  ):
-    self._examples = examples
-    self._indices = tuple(indices)
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  @overload
-  def __getitem__(self, index: int) -> types.TaskExample: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> list[types.TaskExample]: ...
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self._examples[i] for i in self._indices[index]]
-    return self._examples[self._indices[index]]
 
 
 def of_ids(
@@ -96,31 +65,17 @@ def of_ids(
     chosen: Sequence[tuple[str, str]],
 ) -> Sequence[types.TaskExample]:
   """Examples by split and id, in this order; read when they are asked for."""
-  names = list(dict.fromkeys(split for split, _ in chosen))
-  place = {
-      (name, example.id): i for name in names
+  places = {
+      (name, example.id): (splits[name], i)
+      for name in dict.fromkeys(split for split, _ in chosen)
       for i, example in enumerate(splits[name])}
-  starts = dict(zip(names, itertools.accumulate(
-      (len(splits[name]) for name in names), initial=0)))
-  return Subset(
-      _Joined([splits[name] for name in names]),
-      [starts[split] + place[split, example] for split, example in chosen])
+  found = [places[one] for one in chosen]
 
+  def read_one(index: int) -> types.TaskExample:
+    examples, i = found[index]
+    return examples[i]
 
-class _Joined(Sequence[types.TaskExample]):
-  """One split after the other."""
-
-  def __init__(self, parts: Sequence[Sequence[types.TaskExample]]):
-    self._parts = parts
-    self._ends = list(itertools.accumulate(map(len, parts)))
-
-  def __len__(self) -> int:
-    return self._ends[-1] if self._ends else 0
-
-  def __getitem__(self, index):
-    part = bisect.bisect_right(self._ends, index)
-    start = self._ends[part - 1] if part else 0
-    return self._parts[part][index - start]
+  return Examples(len(found), read_one)
 
 
 def of_tasks(
@@ -139,8 +94,8 @@ def of_tasks(
     raise types.UserError(
         f'tasks={tuple(tasks)}: the split has no examples of '
         f'{", ".join(missing)}, only of {", ".join(sorted(set(task_of)))}.')
-  return Subset(
-      examples, [i for i, task in enumerate(task_of) if task in tasks])
+  indices = [i for i, task in enumerate(task_of) if task in tasks]
+  return Examples(len(indices), lambda i: examples[indices[i]])
 
 
 def write(
@@ -178,7 +133,7 @@ def write(
       builder=tfds.core.DatasetIdentity(
           name=name, version=tfds.core.Version(VERSION),
           data_dir=str(version_directory), module_name=__name__),
-      features=_features(),
+      features=example_records.features(),
       description='Verifiable questions over documents.',
   )
   writer = tfds.core.SequentialWriter(
@@ -186,7 +141,7 @@ def write(
       file_format='array_record')
   writer.initialize_splits(list(splits))
   for split, examples in splits.items():
-    records = map(_to_record, examples)
+    records = map(example_records.to_record, examples)
     num_examples = 0
     while chunk := list(itertools.islice(records, _EXAMPLES_PER_CALL)):
       with _reporting_full_disk(path, temporary):
@@ -254,7 +209,17 @@ def read(directory: str | os.PathLike[str], split: str) -> Examples:
     raise types.UserError(
         f'{path}: split {split!r} is damaged; delete the directory and write '
         'it again.') from e
-  return Examples(source, directory=path, split=split)
+
+  def read_one(index: int) -> types.TaskExample:
+    try:
+      record = source[index]
+    except Exception as e:  # ArrayRecord raises types of its own.
+      raise types.UserError(
+          f'{path}: example {index} of split {split!r} is damaged; delete the '
+          'directory and write it again.') from e
+    return example_records.from_record(record)
+
+  return Examples(len(source), read_one)
 
 
 def _version_directories(path: pathlib.Path) -> list[pathlib.Path]:
@@ -269,66 +234,3 @@ def _find(path: pathlib.Path) -> pathlib.Path:
         f'{path} holds {len(found) or "no"} data sets; give a directory '
         'written by a synth job.')
   return found[0]
-
-
-def _features() -> tfds.features.FeaturesDict:
-  text = tfds.features.Text()
-  integer = tfds.features.Scalar(np.int64)
-  return tfds.features.FeaturesDict({
-      'id': text,
-      'task': text,
-      'kind': text,
-      'documents': tfds.features.Sequence({'title': text, 'text': text}),
-      'question': text,
-      'instruction': text,
-      'answers': tfds.features.Sequence(text),
-      'evidence': tfds.features.Sequence(
-          {'document': integer, 'start': integer, 'end': integer}),
-      'reasoning': text,
-      'hops': integer,
-      'meta': tfds.features.Sequence({'key': text, 'value': text}),
-  })
-
-
-def _to_record(example: types.TaskExample) -> dict[str, Any]:
-  return {
-      'id': example.id,
-      'task': example.task,
-      'kind': example.kind,
-      'documents': [
-          {'title': d.title, 'text': d.text} for d in example.documents],
-      'question': example.question,
-      'instruction': example.instruction,
-      'answers': list(example.answers),
-      'evidence': [
-          {'document': s.document, 'start': s.start, 'end': s.end}
-          for s in example.evidence],
-      'reasoning': example.reasoning,
-      'hops': example.hops,
-      'meta': [{'key': k, 'value': v} for k, v in example.meta.items()],
-  }
-
-
-def _from_record(record: Mapping[str, Any]) -> types.TaskExample:
-  def strings(values) -> list[str]:
-    return [bytes(v).decode() for v in values]
-
-  documents, evidence, meta = (
-      record[k] for k in ('documents', 'evidence', 'meta'))
-  return types.TaskExample(
-      **{k: bytes(record[k]).decode() for k in (
-          'id', 'task', 'kind', 'question', 'instruction', 'reasoning')},
-      documents=tuple(
-          types.Document(title=title, text=text) for title, text in zip(
-              strings(documents['title']), strings(documents['text']),
-              strict=True)),
-      answers=tuple(strings(record['answers'])),
-      evidence=tuple(
-          types.Span(document=int(d), start=int(s), end=int(e))
-          for d, s, e in zip(
-              evidence['document'], evidence['start'], evidence['end'],
-              strict=True)),
-      hops=int(record['hops']),
-      meta=dict(zip(
-          strings(meta['key']), strings(meta['value']), strict=True)),
-  )

@@ -62,6 +62,32 @@ def test_examples_are_read_at_random(tmp_path):
   assert dataset.split_names(tmp_path / 'set') == ['test', 'train']
 
 
+def test_examples_are_chosen_by_split_and_id_in_the_order_asked(tmp_path):
+  splits = {
+      name: [make_example(i, task=name) for i in range(4)] for name in 'ab'}
+  dataset.write(tmp_path / 'set', splits)
+  got = dataset.of_ids(
+      {name: dataset.read(tmp_path / 'set', name) for name in splits},
+      [('b', 'example-3'), ('a', 'example-0'), ('b', 'example-0')])
+  want = [splits['b'][3], splits['a'][0], splits['b'][0]]
+  assert list(got) == got[:] == want
+  assert (got[-1], got[1:], len(got)) == (want[-1], want[1:], 3)
+  with pytest.raises(IndexError):
+    got[3]
+
+
+def test_examples_are_chosen_by_task_and_read_when_asked_for(tmp_path):
+  examples = [make_example(i, task='abc'[i % 3]) for i in range(9)]
+  assert dataset.of_tasks(examples, ()) is examples
+  got = dataset.of_tasks(examples, ('c', 'a'))
+  assert list(got) == [e for e in examples if e.task != 'b']
+  examples[2] = make_example(99)
+  assert got[1].id == 'example-99'
+  with pytest.raises(
+      types.UserError, match='no examples of d, only of a, b, c'):
+    dataset.of_tasks(examples[:2] + examples[3:], ('a', 'd'))
+
+
 def test_any_tfds_program_reads_the_data_set(tmp_path):
   dataset.write(tmp_path / 'set', {'train': [make_example()]}, name='harbour')
   source = tfds.data_source(
