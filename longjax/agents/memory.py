@@ -185,7 +185,7 @@ class MemoryAgent:
 
     Args:
       part: of the document.
-      question: what is asked, see `split_query`.
+      question: what is asked, see `query.split`.
       notes: of the turn before.
     """
     encode = self._tokenizer.encode
@@ -257,17 +257,17 @@ class MemoryAgent:
         *notes.memory, *encode('</memory>'), *plan,
         self._tokenizer.stop_ids[0]]
 
-  def longest_prompt(self, question_len: int) -> int:
-    """Tokens of a prompt at most, if a question takes `question_len`.
-
-    Twenty more than all caps and words: ids of words put together may differ
-    from those of each.
-    """
-    longest = self.update_prompt(
-        (0,) * self.config.part_len, '', Notes(
-            memory=(0,) * self.config.memory_len,
-            plan=(0,) * self.config.plan_len))
-    return len(longest) + question_len + 20
+  def longest_prompts(
+      self, question: str, instruction: str
+  ) -> tuple[int, int]:
+    """Tokens at most of the last turn's prompt, and of another turn's."""
+    empty_len = len(self._tokenizer.encode(EMPTY))
+    notes = Notes(
+        memory=(0,) * max(self.config.memory_len, empty_len),
+        plan=(0,) * max(self.config.plan_len, empty_len))
+    part = (0,) * self.config.part_len
+    return (len(self.final_prompt(question, instruction, notes)),
+            len(self.update_prompt(part, question, notes)))
 
 
 def _escaped(text: str) -> str:
@@ -277,38 +277,3 @@ def _escaped(text: str) -> str:
 def _between(tag: str, text: str) -> str:
   found = re.search(rf'<{tag}>(.*?)</{tag}>', text, re.DOTALL)
   return found[1].strip() if found else ''
-
-
-# A sentence that says how to answer rather than what is asked.
-_INSTRUCTION = re.compile(
-    r'\b(?:(?:answer|respond|reply|write|return|output|give|format|state)\b'
-    r'[^.?!\n]*\b(?:with|in|as|only|using|json|letters?|numbers?|names?|words?|'
-    r'format|list)\b|begin(?: your \w+)? with\b|json\b|schema\b)',
-    re.IGNORECASE)
-# Where sentences and lines end; a fenced block is one, with its line breaks.
-_BOUNDARY = re.compile(r'(```.*?```)|(?<=[.?!])\s+|\s*\n\s*', re.DOTALL)
-
-
-def split_query(query: str) -> tuple[str, str]:
-  """What is asked and how to answer, of a query that does not say which is.
-
-  Sentences that name a format (and fenced schemas) are the instruction; a
-  query all of which looks like one is what is asked.
-
-  Args:
-    query: as a person wrote it.
-
-  Returns:
-    (question, instruction); the instruction may be ''.
-  """
-  sentences = [s.strip() for s in _BOUNDARY.split(query) if s and s.strip()]
-
-  def is_instruction(sentence: str) -> bool:
-    return sentence.startswith('```') or (
-        not sentence.endswith('?') and bool(_INSTRUCTION.search(sentence)))
-
-  question = [s for s in sentences if not is_instruction(s)]
-  if not question:
-    return query.strip(), ''
-  return ' '.join(question), ' '.join(
-      s for s in sentences if is_instruction(s))

@@ -80,7 +80,7 @@ def run(
   fitting, long = _split(config, asked, tokenizer, window)
   if long:
     settings.check_parts(
-        config, window, turns.lengths(agent, tokenizer, config.questions))
+        config, window, turns.lengths(agent, config.questions))
   if all(one.reading.answer for one in asked):
     logging.info('Answered before, see %s', folder.path / saved.FILE)
     writing.known(asked, show_thinking=config.show_thinking)
@@ -111,7 +111,7 @@ def _agent(
   """Reads in parts as long as the window allows."""
   least = memory_lib.MemoryAgent(
       tokenizer, dataclasses.replace(config.memory, part_len=2))
-  _, longest = turns.lengths(least, tokenizer, config.questions)
+  _, longest = turns.lengths(least, config.questions)
   return memory_lib.MemoryAgent(tokenizer, dataclasses.replace(
       config.memory, part_len=settings.part_len(config, window, longest - 2)))
 

@@ -13,23 +13,18 @@ from absl import logging
 
 from longjax import types
 from longjax.agents import memory as memory_lib
-from longjax.agents import rounds, sampled
+from longjax.agents import query, rounds, sampled
 from longjax.ask import inquiry, parts, screen, settings, writing
-from longjax.data import tokenizer as tokenizer_lib
 from longjax.rollout import engine
 from longjax.train import progress
 
 
 def lengths(
-    agent: memory_lib.MemoryAgent, tokenizer: tokenizer_lib.Tokenizer,
-    questions: Sequence[str],
+    agent: memory_lib.MemoryAgent, questions: Sequence[str]
 ) -> tuple[int, int]:
   """Tokens of a prompt at most: of the last turn, and of the others."""
-  question_len = max(len(tokenizer.encode(q)) for q in questions)
-  notes = memory_lib.Notes(memory=(0,) * agent.config.memory_len)
-  # Twenty more: see `MemoryAgent.longest_prompt`.
-  last = len(agent.final_prompt('', '', notes)) + question_len + 20
-  return last, agent.longest_prompt(question_len)
+  found = [agent.longest_prompts(*query.split(q)) for q in questions]
+  return max(last for last, _ in found), max(other for _, other in found)
 
 
 def answer(
@@ -89,7 +84,7 @@ class _Reading:
     self._key = jax.random.key(config.seed)
     self._session = model.session(
         settings.memory_engine(
-            config, lengths(agent, model.tokenizer, config.questions),
+            config, lengths(agent, config.questions),
             part_len=agent.config.part_len, num_prompts=len(asked)),
         config.sampler)
     self._write = sampled.generate(
@@ -98,7 +93,7 @@ class _Reading:
         numbers=[one.number for one in asked])
 
   def _query(self, asked: inquiry.Asked) -> rounds.Query:
-    question, instruction = memory_lib.split_query(asked.question)
+    question, instruction = query.split(asked.question)
     return rounds.Query(
         question=question, instruction=instruction,
         num_parts=asked.context.size.num_parts,

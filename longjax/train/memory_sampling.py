@@ -93,6 +93,14 @@ class MemoryTurns:
           f'memory.part_len={self._agent.config.part_len} tokens, '
           f'rl.max_parts={self._stage.max_parts}; raise one of them or use '
           'shorter documents.')
+    # Or a run would end where a memory first takes all of its room.
+    longest = max(
+        self._agent.longest_prompts(made.question, made.instruction))
+    if longest > self._stage.max_prompt_len:
+      raise types.UserError(
+          f'example {example.id!r}: the prompt of a turn takes up to {longest} '
+          f'tokens, rl.max_prompt_len={self._stage.max_prompt_len}; raise it, '
+          'or lower rl.memory.part_len or rl.memory.memory_len.')
     return made
 
   def _rollouts(

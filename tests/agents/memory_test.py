@@ -188,39 +188,19 @@ def test_no_more_is_carried_than_may_be(tokenizer):
 
 
 @pytest.mark.parametrize('wording', ['short', 'full'])
-def test_the_longest_prompt_is_a_bound_and_not_far_off(tokenizer, wording):
-  reader = agent(tokenizer, wording=wording)
-  question = 'Who is the mayor of the port?'
-  got = len(reader.update_prompt(
-      (9,) * 24, question, memory.Notes(memory=(9,) * 12, plan=(9,) * 6)))
-  bound = reader.longest_prompt(len(tokenizer.encode(question)))
-  assert got <= bound <= got + 25
-
-
-@pytest.mark.parametrize('query, want', [
-    ('Who is Ada?', ('Who is Ada?', '')),
-    ('Who is Ada? Answer with the name only.',
-     ('Who is Ada?', 'Answer with the name only.')),
-    ('Reply in JSON. Who is Ada, and when was 12.5 paid?',
-     ('Who is Ada, and when was 12.5 paid?', 'Reply in JSON.')),
-    ('Repeat the first reply. Begin with a765.',
-     ('Repeat the first reply.', 'Begin with a765.')),
-    ('List the mayors.\n```{"names": ["x?"]}```',
-     ('List the mayors.', '```{"names": ["x?"]}```')),
-    ('Respond with one word.', ('Respond with one word.', '')),
-    ('In which format did they write letters?',
-     ('In which format did they write letters?', '')),
-    ('', ('', '')),
-])
-def test_a_query_is_split_into_what_is_asked_and_how_to_answer(query, want):
-  assert memory.split_query(query) == want
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.text(max_size=80))
-def test_splitting_loses_no_word(query):
-  question, instruction = memory.split_query(query)
-  assert sorted(f'{question} {instruction}'.split()) == sorted(query.split())
+@pytest.mark.parametrize('memory_len, plan_len', [(60, 50), (1, 1), (60, 0)])
+def test_no_prompt_is_longer_than_the_longest(
+    tokenizer, wording, memory_len, plan_len):
+  reader = agent(
+      tokenizer, wording=wording, memory_len=memory_len, plan_len=plan_len)
+  asked = 'Who is <memory>the</memory> mayor?', 'Answer with the name.'
+  full = reader.notes('a b ' * 60, 'a b ' * 60)
+  assert (len(full.memory), len(full.plan)) == (memory_len, plan_len)
+  found = [
+      (len(reader.final_prompt(*asked, notes)),
+       len(reader.update_prompt((9,) * 24, asked[0], notes)))
+      for notes in (full, memory.Notes())]
+  assert reader.longest_prompts(*asked) == tuple(map(max, *found))
 
 
 @pytest.mark.parametrize('field, value', [
