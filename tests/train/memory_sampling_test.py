@@ -11,7 +11,6 @@ import pytest
 from longjax import rows, types
 from longjax.agents import memory
 from longjax.data import tokenizer as tokenizer_lib
-from longjax.model import compute
 from longjax.rl import entropy_control
 from longjax.rl import loss as loss_lib
 from longjax.rollout import decode
@@ -19,6 +18,7 @@ from longjax.train import memory_sampling, rl_job, run_state
 from longjax.train import optimizer as optimizer_lib
 from longjax.train import state as state_lib
 from tests import tiny_model
+from tests.train import rl_job_test
 
 NUM_PROMPTS, NUM_SAMPLES, MAX_LEN = 4, 3, 6
 TOKENIZER = tokenizer_lib.load('configs/tiny_base')
@@ -48,13 +48,6 @@ class Grader:
         rule='test')
 
 
-class Kept(list):
-  """A rollout writer that remembers what it is given."""
-
-  def write(self, global_step, stage, example, samples, **kwargs):
-    self.append((example, samples, kwargs))
-
-
 def stage(**overrides):
   return tiny_model.rl_stage(**dict(
       num_prompts=NUM_PROMPTS, num_samples=NUM_SAMPLES, max_prompt_len=110,
@@ -71,11 +64,7 @@ def job(where=None, **overrides):
 
 @functools.cache
 def context(**mesh):
-  unused = dict.fromkeys(('workdir', 'metrics', 'checkpointer', 'stop'))
-  return run_state.Context(
-      **unused, seed=0, rules=tiny_model.rules(**mesh), tokenizer=TOKENIZER,
-      model=MODEL, compute=compute.Compute(attention='reference'),
-      checkpoint_every=1, max_skipped_in_a_row=3, rollouts=Kept())
+  return rl_job_test.context(TOKENIZER, MODEL, **mesh)
 
 
 @functools.cache
@@ -227,7 +216,13 @@ def test_a_step_trains_and_compiles_nothing_new_the_second_time():
     state = result.state
     now = made.engine.num_programs()
     assert programs is None or now == programs
-    programs = now if i else None
+    programs = now
+  assert [kept[0] for kept in where.rollouts] == [1, 2, 3]
+  for *_, samples, kept in where.rollouts:
+    read = [''.join(turn.part for turn in sample.turns) for sample in samples]
+    assert read == read[:1] * NUM_SAMPLES
+    assert 'The mayor of' in read[0] and read[0][:20] in kept['prompt_text']
+    assert all(turn.memory for sample in samples for turn in sample.turns)
   before = params()
   assert any(np.abs(a - b).max() > 0 for a, b in zip(
       jax.tree.leaves(before), jax.tree.leaves(
@@ -252,6 +247,10 @@ def test_mistakes_are_told():
       context(), stage(num_prompts=1), examples=[long], score=Grader())
   with pytest.raises(
       types.UserError, match=r"'long' has \d+ parts.*rl.max_parts=4"):
+    made.rollout(params(), 0)
+  made = job(max_prompt_len=100)
+  with pytest.raises(
+      types.UserError, match='up to 1.. tokens, rl.max_prompt_len=100'):
     made.rollout(params(), 0)
   with pytest.raises(types.UserError, match='replay_experts=True does not go'):
     stage(replay_experts=True)

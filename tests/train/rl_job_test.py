@@ -81,12 +81,12 @@ def stage(**overrides):
       loss=loss_lib.LossConfig()) | overrides)
 
 
-def context(**mesh):
+def context(tokenizer=None, model=tiny_model.MODEL, **mesh):
   unused = dict.fromkeys(
       ('workdir', 'metrics', 'checkpointer', 'stop'))
   return run_state.Context(
       **unused, seed=0, rules=tiny_model.rules(**mesh),
-      tokenizer=LetterTokenizer(), model=tiny_model.MODEL,
+      tokenizer=tokenizer or LetterTokenizer(), model=model,
       compute=compute.Compute(attention='reference'), checkpoint_every=1,
       max_skipped_in_a_row=3, rollouts=Kept())
 
