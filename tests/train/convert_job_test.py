@@ -1,12 +1,7 @@
 """Tests for longjax.train.convert_job."""
 
 import json
-import os
-import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +10,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from longjax import config as config_lib
-from longjax import stages, types
+from longjax import types
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.model import huggingface
 from longjax.parallel import mesh as mesh_lib
-from longjax.rl import entropy_control
-from longjax.train import checkpoint, convert_job, initial, run_state
-from longjax.train import state as state_lib
-from tests import tiny_model, tiny_recipe
+from longjax.train import convert_job
+from tests import saved_run, two_processes
 from tests.model import checkpoints
-
-ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def convert(source, output, **changes):
@@ -42,23 +32,12 @@ def leaves(params):
 def run(tmp_path_factory):
   """A work directory, how it began, and the parameters at its two steps."""
   workdir = tmp_path_factory.mktemp('run')
-  config = tiny_recipe.config()
-  (workdir / 'config.json').write_text(
-      json.dumps(config_lib.resolved(config)))
-  rules = tiny_model.rules(fsdp=2, data=-1)
-  begin = initial.from_scratch(
-      config.model, initialization='random', seed=0,
-      directory=workdir / 'tokenizer', texts=lambda: ['Some words. ' * 9],
-      rules=rules)
+  begin = saved_run.begin(workdir / 'tokenizer')
   params = begin.load()
-  optimizer = stages.optimizer(config.stages['sft'])
-  with checkpoint.Checkpointer(workdir / 'checkpoints') as checkpointer:
-    steps = {}
-    for step in (2, 4):
-      params = steps[step] = jax.tree.map(lambda x: x * 1.1, params)
-      checkpointer.save(step, run_state.RunState(
-          train=state_lib.create(params, begin.model, optimizer, rules),
-          aepo=entropy_control.init()), {})
+  steps = {}
+  for step in (2, 4):
+    params = steps[step] = jax.tree.map(lambda x: x * 1.1, params)
+  saved_run.write(workdir, begin, steps)
   return workdir, begin, steps
 
 
@@ -177,26 +156,10 @@ def test_two_processes_write_what_one_does(tmp_path, output):
       checkpoints.random_tensors(checkpoints.QWEN3_MOE))
   (source / 'tokenizer.json').write_text('{}')
   (tmp_path / 'file').write_text('')
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
-  processes = [
-      subprocess.Popen(
-          [sys.executable, '-m', 'longjax', '--config=configs/convert.py',
-           f'--config.source={source}', f'--config.output={tmp_path / output}',
-           '--config.mesh.expert=2', '--config.max_file_bytes=100000',
-           '--distributed', f'--coordinator={address}', '--num_processes=2',
-           f'--process_id={i}'],
-          cwd=ROOT, text=True, stderr=subprocess.PIPE,
-          env=os.environ | {
-              'XLA_FLAGS': '--xla_force_host_platform_device_count=2'})
-      for i in range(2)]
-  try:
-    told = [process.communicate(timeout=300)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  codes = [process.returncode for process in processes]
+  codes, told = two_processes.run(
+      '--config=configs/convert.py', f'--config.source={source}',
+      f'--config.output={tmp_path / output}', '--config.mesh.expert=2',
+      '--config.max_file_bytes=100000', num_devices=2)
   if output == 'out':
     assert codes == [0, 0], told
     convert(source, tmp_path / 'alone', max_file_bytes=100_000)

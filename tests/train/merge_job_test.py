@@ -2,12 +2,7 @@
 
 import errno
 import json
-import os
-import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 import tracemalloc
 from unittest import mock
 
@@ -18,22 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from longjax import config as config_lib
-from longjax import stages, types
+from longjax import types
 from longjax.model import huggingface, merge, tensor_file
-from longjax.rl import entropy_control
-from longjax.train import (
-    checkpoint,
-    convert_job,
-    initial,
-    merge_job,
-    run_state,
-)
-from longjax.train import state as state_lib
-from tests import tiny_model, tiny_recipe
+from longjax.train import convert_job, merge_job
+from tests import saved_run, tiny_model, two_processes
 from tests.model import checkpoints
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 SCE = merge.MergeConfig(density=0.5)
 NAME = 'model.layers.1.mlp.up_proj.weight'
 
@@ -119,29 +104,17 @@ def test_a_tied_head_is_merged_once(tmp_path):
 def runs(tmp_path_factory):
   """A base model, and the work directory of a run that began with it."""
   folder = tmp_path_factory.mktemp('runs')
-  rules = tiny_model.rules(fsdp=2, data=-1)
-  config = tiny_recipe.config()
-  begin = initial.from_scratch(
-      config.model, initialization='random', seed=0,
-      directory=folder / 'tokenizer', texts=lambda: ['Some words. ' * 9],
-      rules=rules)
+  begin = saved_run.begin(folder / 'tokenizer')
   params = begin.load()
   huggingface.save(
       folder / 'base', params, begin.model, source=folder / 'tokenizer')
   workdir = folder / 'run'
   workdir.mkdir()
-  (workdir / 'config.json').write_text(json.dumps(
-      config_lib.resolved(config)
-      | {'init_from': str(folder / 'base'), 'model': None}))
-  optimizer = stages.optimizer(config.stages['sft'])
-  with checkpoint.Checkpointer(workdir / 'checkpoints') as checkpointer:
-    for step in (2, 4):
-      noise = tiny_model.params(step, begin.model)
-      changed = jax.tree.map(
-          lambda x, y: x + np.round(3 * y) / 64, params, noise)
-      checkpointer.save(step, run_state.RunState(
-          train=state_lib.create(changed, begin.model, optimizer, rules),
-          aepo=entropy_control.init()), {})
+  saved_run.write(workdir, begin, {
+      step: jax.tree.map(
+          lambda x, y: x + np.round(3 * y) / 64, params,
+          tiny_model.params(step, begin.model)) for step in (2, 4)},
+      init_from=str(folder / 'base'), model=None)
   return folder / 'base', workdir
 
 
@@ -346,28 +319,12 @@ def test_the_old_output_stays_until_the_new_one_is_whole(tmp_path):
 
 def test_two_processes_write_what_one_does(runs, tmp_path):
   base, workdir = runs
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
-  processes = [
-      subprocess.Popen(
-          [sys.executable, '-m', 'longjax', '--config=configs/merge.py',
-           f'--config.base={base}',
-           f'--config.experts={workdir},{workdir}/checkpoints/2',
-           f'--config.output={tmp_path / "out"}',
-           '--config.merge.density=0.5', '--distributed',
-           f'--coordinator={address}', '--num_processes=2',
-           f'--process_id={i}'],
-          cwd=ROOT, text=True, stderr=subprocess.PIPE,
-          env=os.environ | {
-              'XLA_FLAGS': '--xla_force_host_platform_device_count=1'})
-      for i in range(2)]
-  try:
-    told = [process.communicate(timeout=300)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  assert [process.returncode for process in processes] == [0, 0], told
+  codes, told = two_processes.run(
+      '--config=configs/merge.py', f'--config.base={base}',
+      f'--config.experts={workdir},{workdir}/checkpoints/2',
+      f'--config.output={tmp_path / "out"}', '--config.merge.density=0.5',
+      num_devices=1)
+  assert codes == [0, 0], told
   run(base, [workdir, workdir / 'checkpoints' / '2'], tmp_path / 'alone')
   assert files(tmp_path / 'out') == files(tmp_path / 'alone')
   assert 'parameters in float32, mean coefficients 0.' in told[0]
