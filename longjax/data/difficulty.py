@@ -184,7 +184,7 @@ def retrospective(
   the largest of log(weight) plus independent Gumbel noise.
 
   Args:
-    seen: examples with their running mean reward (`prompt_stats.scores`).
+    seen: examples with their running mean reward (`data.prompt_stats`).
     size: how many to choose, at most; `max_unsolved` is a share of it.
     num_samples: G, responses a mean reward was measured on.
     seed: of the draws; stages should have different ones.

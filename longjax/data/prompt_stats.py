@@ -110,11 +110,6 @@ def update(
       truncated=put(stats.truncated, mean_of(~is_finished[seen])))
 
 
-def scores(stats: PromptStats) -> np.ndarray:  # f32[D]
-  """The running mean of rewards; NaN where there was no visit."""
-  return np.where(stats.visits > 0, stats.mean, np.float32(np.nan))
-
-
 def metrics(stats: PromptStats) -> dict[str, float]:
   """The share of examples visited, and of those the always and never solved."""
   is_visited = stats.visits > 0

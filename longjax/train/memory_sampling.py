@@ -60,6 +60,7 @@ class MemoryTurns:
     of_step = jax.random.fold_in(self._context.key(self._name), stage_step)
     by_trajectory: list[list[rounds.Turn]] = [
         [] for _ in range(len(chosen) * stage.num_samples)]
+    texts = [''] * len(by_trajectory)
     for taken in rounds.read(
         self._agent, queries, sampled.generate(
             session, of_step, examples=chosen,
@@ -68,10 +69,12 @@ class MemoryTurns:
          for p in range(len(chosen)) for g in range(stage.num_samples)]):
       for turn in taken:
         p, g = turn.prompt.query, turn.prompt.sample
-        by_trajectory[p * stage.num_samples + g].append(turn)
+        i = p * stage.num_samples + g
+        by_trajectory[i].append(turn)
         # Short documents are graded while long ones are still read.
         if turn.is_last:
-          submit((p, g), chosen[p], self._text(turn.response),
+          texts[i] = self._text(turn.response)
+          submit((p, g), chosen[p], texts[i],
                  is_finished=turn.response.is_finished)
     turns = list(itertools.chain(*by_trajectory))
     return sampling.Sampled(
@@ -81,7 +84,7 @@ class MemoryTurns:
                 tokens=by_trajectory[p * stage.num_samples][0].prompt.tokens)
             for p, example in enumerate(chosen)],
         example=drawn, rollouts=self._rollouts(by_trajectory),
-        texts=[self._text(taken[-1].response) for taken in by_trajectory],
+        texts=texts,
         groups=groups(by_trajectory, num_samples=stage.num_samples),
         metrics=session.stats.metrics() | metrics(turns), turns=turns)
 

@@ -169,13 +169,6 @@ def test_a_restored_table_goes_on_with_the_same_bits(tmp_path):
   assert_equal(restored, stats)
 
 
-def test_scores_are_the_means_of_visited_prompts_and_nan_elsewhere():
-  stats = prompt_stats.update(
-      prompt_stats.nothing(3), **one_group(1, [0.0, 0.0]))
-  np.testing.assert_array_equal(
-      prompt_stats.scores(stats), np.float32([np.nan, 0.0, np.nan]))
-
-
 def test_the_table_lists_visited_prompts_and_is_json():
   stats = prompt_stats.update(prompt_stats.nothing(3), **one_group(
       2, [0.0, 1.0], lengths=[8, 4], is_finished=[False, True]))
