@@ -8,11 +8,13 @@ In memory is a line at most, and of text without line breaks a few kilobytes.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import glob
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -25,6 +27,7 @@ _MAX_LINE_BYTES = 1 << 13
 _MAX_JSON_BYTES = 1 << 26
 # Where a line is cut no tag may begin: see `agents.memory`.
 _MAX_TAG_CHARS = 64
+_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Line:
 
   Attributes:
     text: with its line break, if it ends there.
-    file: name of the file.
+    file: its path, see `shown`.
     number: of the line in the file, from 1.
   """
 
@@ -48,7 +51,7 @@ class Document:
 
   Attributes:
     title: shown above it in a prompt.
-    file: it is in.
+    file: the path of the one it is in, see `shown`.
     number: of the line of the file that it begins with.
     lines: its text.
   """
@@ -85,14 +88,18 @@ def find(patterns: Sequence[str], *, field: str) -> list[pathlib.Path]:
           "the pattern, for example 'texts/*.txt'.")
     for match in matches:
       if _is_empty(match, field) and not is_named:
-        logging.warning('%s is empty and left out.', match)
+        logging.warning('%s is empty and left out.', shown(match))
       else:
         found[match] = None
   if not found:
     raise types.UserError(
-        f'{field}={",".join(patterns)} names no file with text in it; name '
-        'one.')
+        f'{field}={",".join(patterns)} names no file with text; name one.')
   return list(found)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+  """A path as text; a name may have bytes that are none or steer terminals."""
+  return _CONTROL.sub('\ufffd', os.fsencode(path).decode(errors='replace'))
 
 
 def _separated(patterns: Sequence[str]) -> Iterator[str]:
@@ -112,11 +119,9 @@ def _is_empty(path: pathlib.Path, field: str) -> bool:
     raise types.UserError(
         f'{field}={path} is no regular file, and documents are read twice; '
         'write its text to a file.')
-  with _open(path) as file:
-    while raw := file.read(_MAX_LINE_BYTES):
-      if raw.strip():
-        return False
-  return True
+  with _opened(path) as file:
+    blocks = iter(lambda: file.read(_MAX_LINE_BYTES), b'')
+    return all(block.isspace() for block in blocks)
 
 
 def documents(path: pathlib.Path) -> Iterator[Document]:
@@ -129,8 +134,8 @@ def documents(path: pathlib.Path) -> Iterator[Document]:
   if path.suffix == '.jsonl':
     yield from _json_documents(path)
     return
-  yield Document(
-      title=path.name, file=str(path), number=1, lines=_text_lines(path))
+  yield Document(title=shown(path.name), file=shown(path), number=1,
+                 lines=_text_lines(path))
 
 
 def lines(paths: Iterable[pathlib.Path]) -> Iterator[Line]:
@@ -149,15 +154,16 @@ def whole(paths: Iterable[pathlib.Path]) -> tuple[types.Document, ...]:
   """Documents short enough to be held."""
   return tuple(
       types.Document(
-          title=document.title,
-          text=''.join(line.text for line in document.lines))
+          title=document.title, text=''.join(x.text for x in document.lines))
       for path in paths for document in documents(path))
 
 
-def _open(path: pathlib.Path) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[BinaryIO]:
   try:
-    return open(path, 'rb')
-  except OSError as error:
+    with open(path, 'rb') as file:
+      yield file
+  except OSError as error:  # Of a disk or a network also later.
     raise types.UserError(
         f'{path}: cannot be read ({error.strerror}); name a file that is '
         'there and that you may read.') from error
@@ -170,15 +176,15 @@ def _text_lines(path: pathlib.Path) -> Iterator[Line]:
     has_text = has_text or not text.isspace()
     waiting += text
     if raw.endswith(b'\n'):
-      yield Line(text=waiting, file=str(path), number=number)
+      yield Line(text=waiting, file=shown(path), number=number)
       number, waiting = number + 1, ''
     elif len(raw) == _MAX_LINE_BYTES:
       end = _end_of_piece(waiting)
       if end:
-        yield Line(text=waiting[:end], file=str(path), number=number)
+        yield Line(text=waiting[:end], file=shown(path), number=number)
       waiting = waiting[end:]
   if waiting:
-    yield Line(text=waiting, file=str(path), number=number)
+    yield Line(text=waiting, file=shown(path), number=number)
   if not has_text:
     raise types.UserError(
         f'{path}: the file is empty; fill it or leave it out.')
@@ -188,7 +194,7 @@ def _decoded(path: pathlib.Path) -> Iterator[tuple[bytes, str]]:
   """Lines as bytes, and the text that they complete."""
   decoder = codecs.getincrementaldecoder('utf-8-sig')()
   number, offset = 1, 0
-  with _open(path) as file:
+  with _opened(path) as file:
     while True:
       try:
         raw = file.readline(_MAX_LINE_BYTES)
@@ -197,10 +203,6 @@ def _decoded(path: pathlib.Path) -> Iterator[tuple[bytes, str]]:
         raise types.UserError(
             f'{path}:{number}: byte {offset + error.start + 1} is not UTF-8 '
             'text; save the file as UTF-8, or leave it out if it is binary.'
-        ) from error
-      except OSError as error:
-        raise types.UserError(
-            f'{path}: cannot be read ({error.strerror}); check the disk.'
         ) from error
       if '\0' in text:
         raise types.UserError(
@@ -226,7 +228,8 @@ def _end_of_piece(text: str) -> int:
 
 def _json_documents(path: pathlib.Path) -> Iterator[Document]:
   is_empty = True
-  with _open(path) as file:
+  name = shown(path.name)
+  with _opened(path) as file:
     number = 0
     while raw := file.readline(_MAX_JSON_BYTES + 1):
       number += 1
@@ -242,9 +245,9 @@ def _json_documents(path: pathlib.Path) -> Iterator[Document]:
       for i, (title, text) in enumerate(_texts(raw, where), start=1):
         is_empty = False
         yield Document(
-            title=title or f'{path.name} {number}' + (f'.{i}' if i > 1 else ''),
-            file=str(path), number=number,
-            lines=_lines_of(text, str(path), number))
+            title=title or f'{name} {number}' + (f'.{i}' if i > 1 else ''),
+            file=shown(path), number=number,
+            lines=_lines_of(text, shown(path), number))
   if is_empty:
     raise types.UserError(
         f'{path}: the file is empty; fill it or leave it out.')
@@ -278,8 +281,7 @@ def _texts(raw: bytes, where: str) -> Iterator[tuple[str, str]]:
       raise types.UserError(
           f'{where}: the document is empty; fill it or drop the line.')
     try:
-      text.encode()
-      title.encode()
+      (title + text).encode()
     except UnicodeEncodeError as error:
       raise types.UserError(
           f'{where}: the text holds half a surrogate pair; write valid '

@@ -146,7 +146,7 @@ def _restored(
   for group, size in zip(groups, sizes, strict=True):
     context = inquiry.Context(paths=group, size=size)
     for question in config.questions:
-      about = [str(group[0])] * (len(groups) > 1)
+      about = [files.shown(group[0])] * (len(groups) > 1)
       about += [question] * (len(config.questions) > 1)
       number = len(asked)
       asked.append(inquiry.Asked(
@@ -171,7 +171,7 @@ def _split(
   for context in _contexts(asked):
     size = context.size
     own = [one for one in asked if one.context == context]
-    name = ', '.join(map(str, context.paths[:3]))
+    name = ', '.join(map(files.shown, context.paths[:3]))
     name += ', ..' * (len(context.paths) > 3)
     if config.mode != 'memory' and whole.fits(
         context, config.questions, room=room, tokenizer=tokenizer):

@@ -1,5 +1,7 @@
 """Files are read line by line, and what is no text is told in one line."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -107,12 +109,40 @@ def test_what_cannot_be_found_is_told(tmp_path, name, message):
     read_all(tmp_path, name)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
 def test_a_file_that_may_not_be_read_is_told(tmp_path):
-  (tmp_path / 'a.txt').write_text('x')
-  (tmp_path / 'a.txt').chmod(0)
+  path = tmp_path / 'a.txt'
+  path.write_text('x')
+  path.chmod(0)
+  if os.access(path, os.R_OK):
+    pytest.skip('root may read everything')
   with pytest.raises(types.UserError, match='Permission denied'):
     read_all(tmp_path, 'a.txt')
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
+def test_a_disk_that_fails_later_is_told(tmp_path, name, monkeypatch):
+  class Failing(io.BytesIO):
+
+    def readline(self, size=-1):
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    read = readline
+
+  monkeypatch.setattr('builtins.open', lambda *_: Failing())
+  path = tmp_path / name
+  for read in (lambda: read_all(tmp_path, name), lambda: texts(path)):
+    with pytest.raises(types.UserError, match='cannot be read .Input/output'):
+      read()
+
+
+def test_names_that_are_no_text_or_steer_terminals_are_shown(tmp_path):
+  path = tmp_path / 'a\x1b[2J\n漢.txt'
+  path.write_text('x')
+  [first, *_] = files.lines([path])
+  assert first.text == '[a\ufffd[2J\ufffd漢.txt]\n'
+  assert first.file == f'{tmp_path}/a\ufffd[2J\ufffd漢.txt'
+  assert files.shown(os.fsdecode(b'caf\xe9 \x9b.txt')) == (
+      'caf\ufffd \ufffd.txt')
 
 
 def test_patterns_may_be_several_and_match_each_file_once(tmp_path):
