@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from longjax import types
 from longjax.agents import memory
 from longjax.ask import files
 
@@ -35,11 +36,20 @@ class Parts:
   """
 
   def __init__(
-      self, agent: memory.MemoryAgent, paths: Sequence[pathlib.Path]
+      self, agent: memory.MemoryAgent, paths: Sequence[pathlib.Path], *,
+      num_parts: int | None = None,
   ):
-    """Reads nothing yet."""
+    """Reads nothing yet.
+
+    Args:
+      agent: cuts them.
+      paths: of the documents.
+      num_parts: as counted before. Other numbers, of files that are written
+        to meanwhile, raise UserError. None takes any.
+    """
     self._agent = agent
     self._paths = paths
+    self._num_parts = num_parts
     self.lines: list[files.Line] = []
 
   def __iter__(self) -> Iterator[tuple[int, ...]]:
@@ -51,7 +61,9 @@ class Parts:
         waiting.append((line, len(ids)))
         yield ids
 
-    for part in self._agent.cut(encoded()):
+    number = 0
+    for number, part in enumerate(self._agent.cut(encoded()), start=1):
+      self._check(number <= (self._num_parts or number))
       self.lines, left = [], len(part)
       while left:
         line, num_tokens = waiting.popleft()
@@ -60,3 +72,10 @@ class Parts:
           waiting.appendleft((line, num_tokens - left))
         left -= min(num_tokens, left)
       yield part
+    self._check(number == (self._num_parts or number))
+
+  def _check(self, is_as_counted: bool) -> None:
+    if not is_as_counted:
+      raise types.UserError(
+          f'{files.shown(self._paths[0])}: was written to, or another file '
+          'after it, while it was read; run the same command again.')

@@ -76,7 +76,9 @@ class _Reading:
     self._config = config
     self._asked = asked
     self._documents = {
-        one.context: parts.Parts(agent, one.context.paths) for one in asked}
+        one.context: parts.Parts(
+            agent, one.context.paths, num_parts=one.context.size.num_parts)
+        for one in asked}
     self.queries = [self._query(one) for one in asked]
     self.readers = [
         one.reading.reader(i) for i, one in enumerate(asked)

@@ -1,10 +1,6 @@
 """Kept facts are traced to the file and the line that says them."""
 
-import pytest
-
-from longjax.agents import memory
-from longjax.ask import files, parts, sources
-from longjax.data import tokenizer as tokenizer_lib
+from longjax.ask import files, sources
 
 
 def lines(*texts, file='a.txt', first=1):
@@ -58,30 +54,3 @@ def test_scripts_without_spaces_are_compared_sign_by_sign():
   found.update('町長は田中。金庫は四番。', 1, lines(
       '海は青い。', '町長は田中さん。', '金庫の番号は四番です。'))
   assert [p.line for p in found.known.values()] == [2, 3]
-
-
-@pytest.mark.parametrize('part_len', [16, 50, 300])
-def test_parts_know_the_lines_they_are_of(tmp_path, part_len):
-  (tmp_path / 'a.txt').write_text(
-      ''.join(f'Line {i} of a.\n' for i in range(40)) + 'é' * 200)
-  (tmp_path / 'b.jsonl').write_text(
-      '{"text": "One of b."}\n{"text": "Two of b.\\nThree of b."}\n')
-  agent = memory.MemoryAgent(
-      tokenizer_lib.load('configs/tiny_base'),
-      memory.MemoryConfig(part_len=part_len))
-  paths = [tmp_path / 'a.txt', tmp_path / 'b.jsonl']
-  stream = parts.Parts(agent, paths)
-  ids, numbers = [], {}
-  for part in stream:
-    assert len(part) <= part_len
-    ids += part
-    text = ''.join(line.text for line in stream.lines)
-    assert agent.text(part).strip('\ufffd') in text
-    for line in stream.lines:
-      numbers.setdefault((line.text, line.number), line.file)
-  assert agent.text(ids) == ''.join(x.text for x in files.lines(paths))
-  assert numbers['Line 7 of a.\n', 8] == str(paths[0])
-  assert numbers['Three of b.', 2] == str(paths[1])
-  size = parts.size(agent, paths)
-  assert size.num_tokens == len(ids)
-  assert size.num_parts == len(list(parts.Parts(agent, paths)))
