@@ -349,8 +349,13 @@ def _ask(changes: Sequence[_Override]) -> int:
   workdir = _WORKDIR.value or default_workdir(_config_file())
   if '://' not in workdir:  # The job refuses it.
     open_workdir(workdir)
-  with _all_processes():
-    return job.run(config, workdir)
+  try:
+    with _all_processes():
+      return job.run(config, workdir)
+  except BrokenPipeError:  # Of `| head`, which has read enough.
+    # What is still to be written to it would fail again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141  # As of a program that SIGPIPE ends.
 
 
 def _config_file() -> str:
@@ -405,7 +410,9 @@ def _all_processes() -> Iterator[None]:
 
 def _refuse(error: object) -> NoReturn:
   """Prints one line and exits with 2."""
-  message = ' '.join(str(error).split())
+  # Names of files may have what steers terminals.
+  message = re.sub(
+      r'[\x00-\x1f\x7f-\x9f]', '?', ' '.join(str(error).split()))
   sys.stderr.write(f'longjax: error: {message}\n')
   sys.stderr.flush()
   sys.exit(2)

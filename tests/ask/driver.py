@@ -4,7 +4,8 @@ A program, not a test: reads a JSON list of [arguments, part] from standard
 input and writes their exit codes as JSON. Each is a fork in which
 `longjax.main` runs as from a shell; with a part, it sends itself SIGKILL as
 soon as so many parts are saved, or, with a negative one, when it is about to
-save that part. Output goes to {number}.out and {number}.err.
+save that part. Output goes to {number}.out and {number}.err; that of 'head'
+in place of a part to a pipe that nobody reads.
 """
 
 import json
@@ -35,7 +36,11 @@ for i, (arguments, part) in enumerate(json.load(sys.stdin)):
   if not os.fork():
     for number, name in ((1, 'out'), (2, 'err')):
       os.dup2(os.open(f'{i}.{name}', os.O_CREAT | os.O_WRONLY), number)
-    if part:
+    if part == 'head':
+      read_end, write_end = os.pipe()
+      os.close(read_end)
+      os.dup2(write_end, 1)
+    elif part:
       kill_at(part)
     sys.argv = ['longjax', *arguments]
     main.run()

@@ -188,7 +188,8 @@ def runs(texts, tmp_path_factory):
       (killed, 4), (killed, -11), (killed, 0), (killed, 0),
       ([*one, '--ask.documents=zero.txt'], 0),
       ([*one, '--ask.qestion=zero.txt'], 0),
-      (['--config=configs/tiny.py', '--ask.seed=1'], 0)]
+      (['--config=configs/tiny.py', '--ask.seed=1'], 0),
+      (killed, 'head')]
   (folder / 'configs').symlink_to(ROOT / 'configs')
   done = subprocess.run(
       [sys.executable, str(ROOT / 'tests' / 'ask' / 'driver.py')],
@@ -225,6 +226,12 @@ def test_a_finished_inquiry_is_shown_again(runs):
   assert output(folder, 4) == output(folder, 3)
   assert 'Answered before' in output(folder, 4, 'err')
   assert 'reading' not in output(folder, 4, 'err')
+
+
+def test_who_reads_no_further_ends_it_without_a_word(runs):
+  folder, codes = runs
+  assert codes[8] == 141
+  assert output(folder, 8, 'err').splitlines()[-1].startswith('Answered')
 
 
 @pytest.mark.parametrize('number, message', [
