@@ -9,18 +9,11 @@ from longjax import config as config_lib
 from longjax import types
 from longjax.reward import completions, endpoint, grading, hybrid, judge
 from tests import chat_server
+from tests.reward import examples
 
 YES, NO = judge.Verdict.YES, judge.Verdict.NO
 UNCLEAR, FAILED = judge.Verdict.UNCLEAR, judge.Verdict.FAILED
-
-GOLDS = {
-    'mc': ('C', 'The red house'),
-    'qa': ('Paris', 'City of Light'),
-    'numeric': ('42.5',),
-    'count': ('7',),
-    'list': ('red', 'blue'),
-    'mrcr': ('k3Jd9The river keeps the names of stones.',),
-}
+GOLDS, example = examples.GOLDS, examples.example
 
 
 class FakeJudge:
@@ -43,12 +36,6 @@ class FakeJudge:
 
   def close(self):
     pass
-
-
-def example(kind, **kwargs):
-  return types.TaskExample(**{
-      'id': 'test', 'task': kind, 'kind': kind, 'documents': (),
-      'question': 'Which one?', 'answers': GOLDS[kind]} | kwargs)
 
 
 def grade(asked, *responses):

@@ -4,26 +4,16 @@ from hypothesis import strategies as st
 
 from longjax import types
 from longjax.reward import hybrid
+from tests.reward import examples
 
-GOLDS = {
-    'mc': ('C', 'The red house'),
-    'qa': ('Paris', 'City of Light'),
-    'numeric': ('42.5',),
-    'count': ('7',),
-    'list': ('red', 'blue'),
-    'mrcr': ('k3Jd9The river keeps the names of stones.',),
-}
 META = {
     'mrcr': {'required_prefix': 'k3Jd9'},
     'numeric': {'unit': 'million dollars'},
 }
 
 
-def example(key, **kwargs):
-  return types.TaskExample(**{
-      'id': 'test-1', 'task': key, 'kind': key, 'documents': (),
-      'question': 'Which one?', 'answers': GOLDS[key],
-      'meta': META.get(key, {}), **kwargs})
+def example(kind, /, **fields):
+  return examples.example(kind, **{'meta': META.get(kind, {})} | fields)
 
 
 def reward(kind, response, *, think='required', **kwargs):
@@ -144,7 +134,7 @@ def test_mrcr_grades_the_whole_text_after_thinking():
 
 
 def test_mrcr_takes_the_most_similar_of_several_golds():
-  golds = ('Something else.', *GOLDS['mrcr'])
+  golds = ('Something else.', *examples.GOLDS['mrcr'])
   text = '</think>k3Jd9The river keeps the names of stones.'
   assert reward('mrcr', text, answers=golds) == 1.0
 
