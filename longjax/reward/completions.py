@@ -81,9 +81,9 @@ class EndpointConfig:
         raise types.UserError(
             f'endpoint.{name}={getattr(self, name)} must be >= {least}.')
     for name in ('timeout_seconds', 'max_wait_seconds'):
-      if not getattr(self, name) > 0:
+      if not 0 < getattr(self, name) < math.inf:
         raise types.UserError(
-            f'endpoint.{name}={getattr(self, name)} must be > 0.')
+            f'endpoint.{name}={getattr(self, name)} must be > 0 and finite.')
 
 
 class Failure(Exception):

@@ -100,7 +100,7 @@ class VerdictCache:
         record = json.loads(line)
         verdict = judge.Verdict(record['verdict'])
         bytes.fromhex(record['key'])
-      except (ValueError, KeyError, TypeError):
+      except (ValueError, KeyError, TypeError, RecursionError):
         num_damaged += 1
         continue
       yield record['key'], verdict

@@ -235,6 +235,7 @@ def test_a_missing_key_is_named_before_anything_is_asked(monkeypatch, value):
     (dict(backoff_seconds=-1.0), 'backoff_seconds=-1.0 must be >= 0'),
     (dict(timeout_seconds=0.0), 'timeout_seconds=0.0 must be > 0'),
     (dict(max_wait_seconds=float('nan')), 'max_wait_seconds=nan must be > 0'),
+    (dict(max_wait_seconds=float('inf')), 'seconds=inf must be > 0 and finite'),
 ])
 def test_a_mistake_is_one_line_naming_field_and_value(overrides, message):
   with pytest.raises(types.UserError, match='^[^\n]*$') as error:

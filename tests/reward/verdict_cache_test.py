@@ -55,7 +55,7 @@ def test_a_file_cut_at_any_byte_keeps_every_whole_verdict(tmp_path):
 @pytest.mark.parametrize('line', [
     b'garbage', b'{}', b'[]', b'3', b'\xff\xfe', b'{"key": 3, "verdict": "no"}',
     b'{"key": "zz", "verdict": "no"}', b'{"key": "00", "verdict": "maybe"}',
-    b''])
+    b'', b'[' * 200_000])
 def test_a_damaged_line_costs_one_verdict(tmp_path, line):
   path = tmp_path / 'verdicts.jsonl'
   write(path)
