@@ -92,9 +92,10 @@ class Folder:
       workdir: of all inquiries.
       asked: what tells this one from others, ready for JSON.
     """
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    self.path = pathlib.Path(workdir) / digest.hexdigest()[:16]
-    self._asked = asked
+    text = json.dumps(asked, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    self.path = pathlib.Path(workdir) / digest[:16]
+    self._asked = json.loads(text)  # As it is read again: lists, no tuples.
 
   def load(self) -> dict[str, Any]:
     """What was saved last; {} if nothing was. All processes call this."""
@@ -103,9 +104,12 @@ class Folder:
       path = self.path / FILE
       try:
         content = json.loads(path.read_bytes())
+        if content['asked'] != self._asked:
+          raise ValueError('it is of another inquiry')
       except FileNotFoundError:
         return {}
-      except (OSError, ValueError) as error:
+      except (
+          OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logging.warning('%s is damaged (%s); starting anew.', path, error)
         return {}
       return content
