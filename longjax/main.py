@@ -6,7 +6,7 @@ know every key and type (`longjax.overrides`).
 
 Exit codes: 0 done, 1 a bug (with traceback), 2 a mistake of the user's (one
 line), 42 another process was lost (one line, see `parallel.processes`), 130 or
-143 stopped by SIGINT or SIGTERM after saving.
+143 stopped by SIGINT or SIGTERM after saving, 141 nobody reads on.
 """
 
 import contextlib

@@ -129,8 +129,9 @@ def test_a_server_that_comes_back_during_the_retries_is_used():
   with chat_server.Server(chat_server.yes) as server:
     port = server.port
   asked = endpoint.Endpoint(
-      asking.config(f'http://127.0.0.1:{port}/v1', max_retries=20,
-             backoff_seconds=0.05, max_backoff_seconds=0.1))
+      asking.config(
+          f'http://127.0.0.1:{port}/v1', max_retries=20, backoff_seconds=0.05,
+          max_backoff_seconds=0.1))
   asked.ask(asking.case('x'))
   time.sleep(0.2)
   with chat_server.Server(chat_server.yes, port=port):
