@@ -110,7 +110,7 @@ def run() -> None:
   """The console script; exits the process."""
   arguments = sys.argv[1:]
   # So that a config can import its neighbours, however longjax was started.
-  sys.path.insert(0, os.getcwd())
+  sys.path += [os.getcwd(), str(pathlib.Path(__file__).parent.parent)]
   if not arguments:
     sys.stderr.write(USAGE)
     sys.exit(2)

@@ -95,8 +95,6 @@ def check_plan(plan: Sequence[Named]) -> None:
     UserError: a stage trains twice or reads what none before it writes, or
       checkpoints of different stages would have different forms.
   """
-  written: list[str] = []
-  names = [named.name for named in plan]
   writers = [
       n.name for n in plan if isinstance(n.stage, synth_stage.SynthStage)]
   if len(writers) > 1:
@@ -109,65 +107,86 @@ def check_plan(plan: Sequence[Named]) -> None:
     raise types.UserError(
         f'optimizer.moments differ between stages ({moments}); all '
         'stages of a run share the form of their checkpoints, so set one.')
-  policies, trained = [merge_stage.BASE], list[str]()
-  before: Stage | None = None
-  for named in plan:
-    if isinstance(named.stage, merge_stage.MergeStage):
-      for name in named.stage.names:
-        if name not in policies:
-          raise types.UserError(
-              f'stages.{named.name} merges {name!r}, but before it the recipe '
-              f'has only {", ".join(policies)}; name some of these.')
-    if isinstance(named.stage, Training):
-      _check_optimizer(named, before)
-    if isinstance(named.stage, Training | merge_stage.MergeStage):
-      before = named.stage
-    if isinstance(named.stage, Training) and named.stage.start:
-      if named.stage.start not in policies:
-        raise types.UserError(
-            f'stages.{named.name}.start={named.stage.start!r} is no policy '
-            f'that the recipe has before it; use one of '
-            f'{", ".join(policies)}.')
-    if isinstance(named.stage, Training | merge_stage.MergeStage):
-      policies.append(named.name)
-    if isinstance(named.stage, Training) and names.count(named.name) > 1:
-      raise types.UserError(
-          f'recipe runs stage {named.name!r} twice; only evaluations may '
-          'recur. Configure a second stage with another name.')
-    if isinstance(named.stage, synth_stage.SynthStage):
-      written = named.stage.splits()
-    if isinstance(named.stage, selection.SelectStage):
-      _check_seen(named, trained)
-      written = [*written, named.name]
-    if isinstance(named.stage, rl_stage.RlStage):
-      trained.append(named.name)
-    for split in splits_read(named.stage):
-      if split not in written:
-        there = (f'the synth stage before it writes {", ".join(written)}'
-                 if written else 'no synth stage stands before it')
-        raise types.UserError(
-            f'stages.{named.name} reads the split {split!r}, but {there}.')
+  for index, named in enumerate(plan):
+    _check_policies(named, plan[:index])
+    _check_examples(named, plan[:index])
 
 
-def _check_optimizer(named: Named, before: Stage | None) -> None:
-  """Refuses to go on with moments that are not those of the policy."""
-  assert isinstance(named.stage, Training)
+def _check_policies(named: Named, before: Sequence[Named]) -> None:
+  """Refuses to begin with, or to merge, policies that are not there."""
+  makers = [n for n in before
+            if isinstance(n.stage, Training | merge_stage.MergeStage)]
+  policies = [merge_stage.BASE, *(n.name for n in makers)]
+  if isinstance(named.stage, merge_stage.MergeStage):
+    for name in named.stage.names:
+      if name not in policies:
+        raise types.UserError(
+            f'stages.{named.name} merges {name!r}, but before it the recipe '
+            f'has only {", ".join(policies)}; name some of these.')
+  if not isinstance(named.stage, Training):
+    return
+  if named.name in policies:
+    raise types.UserError(
+        f'recipe runs stage {named.name!r} twice; only evaluations may '
+        'recur. Configure a second stage with another name.')
+  start = named.stage.start
+  if start and start not in policies:
+    raise types.UserError(
+        f'stages.{named.name}.start={start!r} is no policy that the recipe '
+        f'has before it; use one of {", ".join(policies)}.')
   if not named.stage.optimizer.reset and (
-      named.stage.start or not isinstance(before, Training)):
+      start or not makers or not isinstance(makers[-1].stage, Training)):
     raise types.UserError(
         f'stages.{named.name}.optimizer.reset=False goes on with the moments '
         'of the stage before, but its policy does not come from a training '
         'stage right before it; set it to True.')
 
 
-def _check_seen(named: Named, trained: Sequence[str]) -> None:
-  assert isinstance(named.stage, selection.SelectStage)
-  for name in named.stage.seen:
-    if name not in trained:
+def _check_examples(named: Named, before: Sequence[Named]) -> None:
+  """Refuses splits that are not there, and tasks they do not have."""
+  synth = next((n.stage for n in before
+                if isinstance(n.stage, synth_stage.SynthStage)), None)
+  selects = {n.name: n.stage for n in before
+             if isinstance(n.stage, selection.SelectStage)}
+  written = [*(synth.splits() if synth else []), *selects]
+  for split in splits_read(named.stage):
+    if split not in written:
+      there = (f'the synth stage before it writes {", ".join(written)}'
+               if written else 'no synth stage stands before it')
       raise types.UserError(
-          f'stages.{named.name}.seen={named.stage.seen} names {name!r}, which '
-          'is no RL stage before it; there are '
-          f'{", ".join(trained) or "none"}.')
+          f'stages.{named.name} reads the split {split!r}, but {there}.')
+  trained = [n.name for n in before if isinstance(n.stage, rl_stage.RlStage)]
+  match named.stage:
+    case selection.SelectStage(seen=seen):
+      for name in seen:
+        if name not in trained:
+          raise types.UserError(
+              f'stages.{named.name}.seen={seen} names {name!r}, which is no RL '
+              f'stage before it; there are {", ".join(trained) or "none"}.')
+    case sft_job.SftStage(memory_tasks=tasks):
+      _check_tasks(f'{named.name}.memory_tasks', tasks, synth)
+    case evals_stage.EvalsStage(tasks=tasks):
+      _check_tasks(f'{named.name}.tasks', tasks, synth)
+    case rl_stage.RlStage(tasks=tasks, split=split, num_asked=num_asked):
+      _check_tasks(f'{named.name}.tasks', tasks, synth)
+      if split in selects and selects[split].size < num_asked:
+        raise types.UserError(
+            f'stages.{named.name} asks {num_asked} prompts a step, but '
+            f'stages.{split}.size={selects[split].size} chooses fewer; raise '
+            'it or lower num_prompts.')
+
+
+def _check_tasks(
+    field: str, tasks: Sequence[str], synth: synth_stage.SynthStage | None
+) -> None:
+  """Refuses tasks of which no example is made; a file may hold any."""
+  if synth is None or synth.path:
+    return
+  for task in tasks:
+    if task not in synth.examples.tasks:
+      raise types.UserError(
+          f'stages.{field} names {task!r}, of which no example is made; there '
+          f'are {", ".join(synth.examples.tasks)}.')
 
 
 def kept(plan: Sequence[Named]) -> set[str]:

@@ -150,9 +150,11 @@ def select(
   """Chooses the examples of a later stage, once."""
   by_name = {named.name: named.stage for named in plan}
   seen: dict[str, tuple[str, str, float]] = {}
+  num_seen = stage.num_samples
   for name in stage.seen:  # What a later stage saw is newer.
     earlier = by_name[name]
     assert isinstance(earlier, rl_stage.RlStage)
+    num_seen = earlier.num_samples
     task_of = {e.id: e.task for e in examples(context, earlier.split)}
     split_of = dict.fromkeys(task_of, earlier.split)
     if selection.result(context.workdir, earlier.split).exists():
@@ -171,7 +173,7 @@ def select(
       progress=progress.Progress,
       check_stop=lambda: context.check_stop(f'during {label}'))
   content = selection.choose(
-      stage, tried, candidates, seen,
+      stage, tried, candidates, seen, num_seen=num_seen,
       # Stages draw differently.
       seed=context.seed + zlib.crc32(label.encode()))
   multihost.on_primary(

@@ -116,6 +116,26 @@ class Notes:
   is_parsed: bool = True
 
 
+def check_cap(
+    config: MemoryConfig | None, max_prompt_len: int, *, name: str
+) -> None:
+  """Refuses turns that could not hold a part and what was noted before.
+
+  Raises:
+    UserError: names `{name}.max_prompt_len`. The question and the words around
+      it come on top, and are known when an example is.
+  """
+  if config is None:
+    return
+  least = config.part_len + config.memory_len + config.plan_len
+  if max_prompt_len <= least:
+    raise types.UserError(
+        f'{name}.max_prompt_len={max_prompt_len} cannot hold a part of '
+        f'part_len={config.part_len} tokens with memory_len='
+        f'{config.memory_len} and plan_len={config.plan_len} beside the '
+        f'question; use more than {least}, or lower these.')
+
+
 class MemoryAgent:
   """Writes the prompts of turns and reads the responses to them."""
 

@@ -87,6 +87,7 @@ def choose(
     candidates: Sequence[types.TaskExample],
     seen: Mapping[str, tuple[str, str, float]],
     *,
+    num_seen: int,
     seed: int,
 ) -> dict[str, Any]:
   """Chooses by what the policy made of the candidates.
@@ -96,6 +97,7 @@ def choose(
     tried: k responses to each candidate, graded.
     candidates: in the order of their split.
     seen: id -> (split, task, mean reward) of examples of earlier stages.
+    num_seen: G, responses behind each of these means.
     seed: of the draws.
 
   Returns:
@@ -113,7 +115,7 @@ def choose(
       difficulty.Scored(
           ids=list(seen), tasks=[task for _, task, _ in seen.values()],
           scores=np.asarray([mean for *_, mean in seen.values()])),
-      size=stage.size, num_samples=stage.num_samples, seed=seed,
+      size=stage.size, num_samples=num_seen, seed=seed,
       stratify=stage.stratify, retrospective=stage.retrospective)
   ids = list(seen)
   return {

@@ -60,6 +60,7 @@ class EvalsStage:
       raise types.UserError(
           f'evals.max_prompt_len={self.max_prompt_len} is the cap on turns of '
           f'evals.memory={self.memory}; set both or none.')
+    memory_lib.check_cap(self.memory, self.max_prompt_len, name='evals')
     if self.num_samples < 1:
       raise types.UserError(
           f'evals.num_samples={self.num_samples} must be >= 1.')

@@ -163,6 +163,7 @@ class RlStage:
           f'rl.oversample={self.oversample} chooses prompts by their rewards '
           'and does not go with rl.shuffle_rewards=True, which is to train on '
           'no signal; use oversample=1.')
+    memory_lib.check_cap(self.memory, self.max_prompt_len, name='rl')
     overlong_lib.check(
         self.overlong, max_response_len=self.sampler.max_response_len)
     if self.memory is not None and self.overlong.mode == 'soft':
