@@ -57,8 +57,10 @@ def run(config, workdir):
   print(config, workdir)
 
 job = python_types.ModuleType('longjax.recipe')
-job.run, job.RunConfig = run, RunConfig
+described = python_types.ModuleType('longjax.run_config')
+job.run, described.RunConfig = run, RunConfig
 sys.modules[job.__name__] = longjax.recipe = job
+sys.modules[described.__name__] = longjax.run_config = described
 # Whoever starts the tests in the background has it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 codes = []
