@@ -25,17 +25,13 @@ Variants, e.g. --config=configs/tiny.py:control_sft
                     --output=runs/python_lookup.jsonl` writes first.
   control_sft       further SFT for the wall time of RL instead of RL
   control_shuffled  RL on rewards permuted over the batch: no signal
-  entropy_drift     RL at five times the rate after SFT on one style: entropy
-                    starts low, rises out of its band, AEPO brings it back
 """
 
 from ml_collections import config_dict
 
 from longjax import types
 
-VARIANTS = (
-    'one_stage', 'own_data', 'control_sft', 'control_shuffled',
-    'entropy_drift')
+VARIANTS = ('one_stage', 'own_data', 'control_sft', 'control_shuffled')
 
 # Whose questions the memory agent is asked: the others need more than a network
 # of this size can note.
@@ -175,14 +171,4 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     config.stages.further_sft = sft(900)
   if arg == 'control_shuffled':
     config.stages.rl.shuffle_rewards = True
-  if arg == 'entropy_drift':
-    config.recipe = ('synth', 'sft', 'rl')
-    config.stages.synth.examples.splits = (
-        split('sft', 'train', 600, 64, 608),
-        split('rl', 'train', 100, 512, 608))
-    config.stages.sft = sft(300, reasoning_fraction=1.0)
-    config.stages.rl.steps = 50
-    config.stages.rl.optimizer.learning_rate = 1.5e-3
-    # The lowest ratio at which Fig. 11 of arXiv:2512.12967 switches.
-    config.stages.rl.aepo = dict(high_ratio=1.4)
   return config
