@@ -11,10 +11,22 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
 from longjax.planner import programs
 from longjax.train import rl_stage, run_state, sft_job
+
+
+def is_worthwhile() -> bool:
+  """Whether the host has time to spare, and compiles alone.
+
+  On a CPU training itself would wait for the compiler. Several processes with
+  GPUs time kernels together while they compile, so that one that stops at the
+  end of a stage would leave the others waiting.
+  """
+  backend = jax.default_backend()
+  return backend == 'tpu' or (backend != 'cpu' and jax.process_count() == 1)
 
 
 @contextlib.contextmanager
@@ -33,7 +45,7 @@ def compiling(
   """
   training = [s for s in later if isinstance(
       s, rl_stage.RlStage | sft_job.SupervisedConfig)]
-  if not training:
+  if not training or not is_worthwhile():
     yield
     return
   is_over = threading.Event()
