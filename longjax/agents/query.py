@@ -1,6 +1,10 @@
 """What a person writes, split into what is asked and how to answer."""
 
+import collections
 import re
+
+from longjax.data import chat
+from longjax.data import tokenizer as tokenizer_lib
 
 # A sentence that says how to answer rather than what is asked.
 _INSTRUCTION = re.compile(
@@ -35,3 +39,44 @@ def split(query: str) -> tuple[str, str]:
     return query.strip(), ''
   return ' '.join(question), ' '.join(
       s for s in sentences if is_instruction(s))
+
+
+def model_prompt(
+    query: str, tokenizer: tokenizer_lib.Tokenizer
+) -> list[int]:
+  """Ids of a prompt that asks a model to split a query; see `read_split`."""
+  template = tokenizer.turns
+  return [
+      *tokenizer.encode_template(template.user_start),
+      *tokenizer.encode(
+          f'{query}\n\nThe text above asks something and may also say in what '
+          'form to answer. Copy what it asks between <question> and '
+          '</question>, and what it says about the form between <instruction> '
+          'and </instruction>. Use its own words, each of them once, and do '
+          'not answer.'),
+      *tokenizer.encode_template(
+          template.user_end + template.assistant_start)]
+
+
+def read_split(response: str, query: str) -> tuple[str, str]:
+  """(question, instruction) as a model split a query.
+
+  What it made up would be asked of the whole document: a split that is not
+  made of the query's words, or asks nothing, is that of `split` instead.
+
+  Args:
+    response: to `model_prompt`.
+    query: as a person wrote it.
+  """
+  answer = chat.split_response(response).answer or response
+  question, instruction = (
+      _between(tag, answer) for tag in ('question', 'instruction'))
+  words = collections.Counter(f'{question} {instruction}'.split())
+  if not question or words != collections.Counter(query.split()):
+    return split(query)
+  return question, instruction
+
+
+def _between(tag: str, text: str) -> str:
+  found = re.search(rf'<{tag}>(.*?)</{tag}>', text, re.DOTALL)
+  return found[1].strip() if found else ''
