@@ -157,7 +157,8 @@ def _run_stages(
         stages_lib.warn_of_loss(path, stage)
         continue
       with facts.timing(label):
-        stages_lib.observe(stage, label, context, params(), plan)
+        stages_lib.observe(
+            stage, label, context, params(), plan, initial=begin.load)
     elif isinstance(stage, merge_stage.MergeStage):
       with facts.timing(label):
         merge_stage.run(stage, label, context)

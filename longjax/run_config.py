@@ -70,13 +70,14 @@ class RunConfig:
       raise types.UserError(
           f'init_from={self.init_from!r} and model={self.model}: set exactly '
           'one of them, a base model or the sizes of a fresh one.')
-    for name, stage in self.trained():
-      if isinstance(stage, rl_stage.RlStage) and not self.init_from and (
-          stage.judge.mode == 'inprocess'):
+    for named in plan:
+      if isinstance(
+          named.stage, rl_stage.RlStage | evals_stage.EvalsStage
+      ) and not self.init_from and named.stage.judge.mode == 'inprocess':
         raise types.UserError(
-            f"stages.{name}.judge.mode='inprocess' asks the model that the run "
-            'begins with, which knows nothing here; set init_from, or use '
-            "judge.mode='endpoint' or 'none'.")
+            f"stages.{named.name}.judge.mode='inprocess' asks the model that "
+            'the run begins with, which knows nothing here; set init_from, or '
+            "use judge.mode='endpoint' or 'none'.")
     for field, least in (
         ('checkpoint_every', 1), ('max_skipped_in_a_row', 1),
         ('keep_checkpoints', 2)):

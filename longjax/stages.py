@@ -21,6 +21,7 @@ from longjax.reward import hybrid
 from longjax.synthesis import stage as synth_stage
 from longjax.train import (
   gradient_stage,
+  inprocess_judge,
   judges,
   partial,
   progress,
@@ -57,6 +58,9 @@ def check_mesh(stage: stage_list.Stage, context: run_state.Context) -> None:
       sft_job.check(stage, context)
     case evals_stage.EvalsStage():
       evals_stage.check(stage, context.rules)
+      if stage.judge.mode == 'inprocess':
+        inprocess_judge.check(
+            stage.judge.inprocess, context.rules, name='evals.judge.inprocess')
     case selection.SelectStage():
       evals_stage.check(selection.attempts(stage), context.rules)
     case gradient_stage.GradientStage():
@@ -110,12 +114,10 @@ def train(
     initial: makes the parameters that the run began with.
   """
   if isinstance(stage, rl_stage.RlStage):
-    with contextlib.ExitStack() as stack:
-      judge = None
-      if place.stage_step < stage.steps:  # Else nothing is left to grade.
-        judge = judges.make(stage.judge, context, initial=initial)
-      if judge is not None:
-        stack.callback(judge.close)
+    judge = None
+    if place.stage_step < stage.steps:  # Else nothing is left to grade.
+      judge = judges.make(stage.judge, context, initial=initial)
+    with contextlib.closing(judge) if judge else contextlib.nullcontext():
       return rl_job.run(
           context, stage, state, place,
           examples=examples(context, stage.split, stage.tasks),
@@ -224,18 +226,23 @@ def evaluate(
     label: str,
     context: run_state.Context,
     params: types.Params,
+    *,
+    initial: Callable[[], types.Params],
 ) -> None:
-  """Writes one evaluation."""
-  evals_stage.run(
-      stage, name=label, params=params,
-      examples={
-          s: dataset.of_tasks(
-              dataset.read(context.workdir / DATA_FOLDER, s), stage.tasks)
-          for s in stage.splits},
-      score=hybrid.score, model=context.model, tokenizer=context.tokenizer,
-      rules=context.rules, compute=context.compute, seed=context.seed,
-      workdir=context.workdir, progress=progress.Progress,
-      check_stop=lambda: context.check_stop(f'during evaluation {label}'))
+  """Writes one evaluation; `initial` is for its judge, see `train`."""
+  judge = judges.make(stage.judge, context, initial=initial)
+  with contextlib.closing(judge) if judge else contextlib.nullcontext():
+    evals_stage.run(
+        stage, name=label, params=params,
+        examples={
+            s: dataset.of_tasks(
+                dataset.read(context.workdir / DATA_FOLDER, s), stage.tasks)
+            for s in stage.splits},
+        score=hybrid.score, judge=judge, model=context.model,
+        tokenizer=context.tokenizer, rules=context.rules,
+        compute=context.compute, seed=context.seed, workdir=context.workdir,
+        progress=progress.Progress,
+        check_stop=lambda: context.check_stop(f'during evaluation {label}'))
   context.publish()
 
 
@@ -281,11 +288,13 @@ def observe(
     context: run_state.Context,
     params: types.Params,
     plan: Sequence[stage_list.Named],
+    *,
+    initial: Callable[[], types.Params],
 ) -> None:
   """Looks at the policy so far and writes `result`."""
   match stage:
     case evals_stage.EvalsStage():
-      evaluate(stage, label, context, params)
+      evaluate(stage, label, context, params, initial=initial)
     case selection.SelectStage():
       select(stage, label, context, params, plan)
     case _:

@@ -311,6 +311,8 @@ def test_labels_number_evaluations_and_name_what_they_evaluate():
     ({'model': None}, 'exactly one of them'),
     ({'stages.rl.judge': {'mode': 'inprocess'}},
      "stages.rl.judge.mode='inprocess' asks .* set init_from"),
+    ({'stages.evals.judge': {'mode': 'inprocess'}},
+     "stages.evals.judge.mode='inprocess' asks .* set init_from"),
     ({'keep_checkpoints': 1}, 'keep_checkpoints=1 must be >= 2'),
     ({'seed': -1}, 'seed=-1'),
     ({'recipe': ('synth', 'sft'), 'job': 'rl'}, 'has no such stage'),

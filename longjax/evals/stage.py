@@ -43,6 +43,8 @@ class EvalsStage:
     memory: documents are read in turns, by the memory agent; None asks about
       the whole of them at once.
     max_prompt_len: cap on the prompt of a turn in tokens, with `memory`.
+    judge: who is asked where the rule finds no match, while other responses
+      are still being written. See `reward.grading`.
   """
 
   job: Literal['evals'] = 'evals'
@@ -54,6 +56,7 @@ class EvalsStage:
   sampler: decode.SamplerConfig
   memory: memory_lib.MemoryConfig | None = None
   max_prompt_len: int = 0
+  judge: grading.JudgeConfig = grading.JudgeConfig()
 
   def __post_init__(self):
     if (self.memory is None) != (self.max_prompt_len == 0):
@@ -117,7 +120,9 @@ def run(
             'top_p': stage.sampler.top_p,
             **({} if stage.memory is None else {
                 'part_len': stage.memory.part_len,
-                'memory_len': stage.memory.memory_len})})
+                'memory_len': stage.memory.memory_len}),
+            **({} if stage.judge.mode == 'none' else {
+                'judge': stage.judge.name})})
 
   multihost.on_primary(save)
 

@@ -73,6 +73,17 @@ class JudgeConfig:
             f"judge.mode='endpoint' needs judge.endpoint.{name}, which is "
             "empty; set it, or use mode='none'.")
 
+  @property
+  def name(self) -> str:
+    """Who that is, in a word or two, for those who read the results."""
+    match self.mode:
+      case 'endpoint':
+        return self.endpoint.model
+      case 'inprocess':
+        return 'initial policy'
+      case _:
+        return 'none'
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grades:
