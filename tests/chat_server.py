@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import select
 import socket
 import threading
 import time
@@ -49,6 +50,16 @@ class Connection:
   def hang(self) -> None:
     """Nothing until the server ends."""
     self._handler.server.owner.released.wait(60.0)
+
+  def is_left(self, *, seconds: float) -> bool:
+    """Waits; whether the client went away meanwhile, without its answer."""
+    connection = self._handler.connection
+    if not select.select([connection], [], [], seconds)[0]:
+      return False
+    try:
+      return not connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+      return True
 
   def drip(self, body: bytes, *, seconds: float) -> None:
     """An answer that comes byte by byte."""

@@ -9,6 +9,7 @@ of the run's plan), it sends itself the signal. Without a point it runs to its
 end. Its output goes to {workdir}.{number}.log.
 """
 
+import asyncio
 import functools
 import json
 import os
@@ -21,7 +22,7 @@ from longjax import main, recipe, stages, types
 from longjax.data import records
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.model import huggingface_writing, tensor_file
-from longjax.reward import hybrid
+from longjax.reward import endpoint, hybrid, verdict_cache
 from longjax.rollout import continuous
 from longjax.synthesis import pipeline
 from longjax.train import checkpoint, manifest, merge_stage, step
@@ -99,9 +100,9 @@ class Trigger:
 
 def score(example, text, *, is_finished=True):
   """Grades that differ between responses of a network that knows nothing."""
-  del example, is_finished
+  del is_finished
   reward = zlib.crc32(text.encode()) % 5 / 4
-  return types.Score(reward=reward, answer=text[:8], rule='checksum')
+  return types.Score(reward=reward, answer=text[:8], rule=example.kind)
 
 
 def torn_append(trigger: Trigger):
@@ -115,6 +116,39 @@ def torn_append(trigger: Trigger):
     append(self, record)
 
   records.Appender.append = wrapped
+
+
+def torn_verdict(trigger: Trigger):
+  """Dies in the middle of a line of what the judge said."""
+  put = verdict_cache.VerdictCache.put
+
+  def wrapped(self, key, verdict):
+    if trigger.at('verdict'):
+      self._file.write(json.dumps({'key': key}).encode()[:40])
+      trigger.fire()
+    put(self, key, verdict)
+
+  verdict_cache.VerdictCache.put = wrapped
+
+
+def pending_verdict(trigger: Trigger):
+  """Dies while the judge's server has a request that it has not answered.
+
+  Such a request is marked 'is_last'. One marked 'is_signal' is answered as
+  soon as the other has come in.
+  """
+  decide = endpoint.Endpoint._decide
+
+  async def wrapped(self, key, request):
+    if key is None or not trigger.at('judge'):  # None: the trial.
+      return await decide(self, key, request)
+    last = asyncio.create_task(
+        self._client.complete(request | {'is_last': True}))
+    await self._client.complete(request | {'is_signal': True})
+    assert not last.done()
+    trigger.fire()
+
+  endpoint.Endpoint._decide = wrapped
 
 
 def install(attempt):
@@ -136,6 +170,8 @@ def install(attempt):
   trigger.before(huggingface_writing, '_write_tensors', 'export')
   trigger.after(tensor_file.Writer, 'write', 'tensor')
   torn_append(trigger)
+  torn_verdict(trigger)
+  pending_verdict(trigger)
   make_update = step.make_update
 
   def make(*args, **kwargs):

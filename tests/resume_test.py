@@ -2,8 +2,8 @@
 
 Every attempt is a process of its own, started from one that has done the
 imports (`resume_driver`). All of the issue's moments are covered: synthesis,
-SFT, sampling, update, saving, evaluation. The full set, with a fresh compiler
-cache in each work directory as users have it:
+SFT, sampling, a judge's verdict on its way, update, saving, evaluation. The
+full set, with a fresh compiler cache in each work directory as users have it:
 
   python -m pytest -m slow tests/resume_test.py
 """
@@ -15,21 +15,24 @@ import pathlib
 import random
 import subprocess
 import sys
+import threading
+import zlib
 
 import numpy as np
 import pytest
 
-from tests import tiny_recipe
+from tests import chat_server, tiny_recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-CONFIG = f"""
+CONFIG = """
 import sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {root!r})
 from ml_collections import config_dict
 from tests import tiny_recipe
 def get_config(arg=''):
-  return config_dict.ConfigDict(tiny_recipe.values(tiny_recipe.FULL))
+  return config_dict.ConfigDict(tiny_recipe.values(
+      tiny_recipe.FULL | {changes!r}))
 """
 
 EXIT_CODES = {'SIGKILL': -9, 'SIGTERM': 143, 'SIGINT': 130}
@@ -76,6 +79,8 @@ MOMENTS = (
     Moment('1_sft', 'score', 16, 'SIGTERM'),
     Moment('1_sft', 'replace'),
     Moment('rl', 'sample', 2),
+    Moment('rl', 'judge', 4),
+    Moment('rl', 'verdict', 4),
     Moment('rl', 'score', 32),
     Moment('rl', 'append', 4),
     Moment('rl', 'update', 2),
@@ -85,6 +90,7 @@ MOMENTS = (
     Moment('rl', 'sample', 1, 'SIGTERM'),
     Moment('rl', 'update', 1, is_newest_damaged=True),
     Moment('2_rl', 'sample', 2),
+    Moment('2_rl', 'judge', 4),
     Moment('2_rl', 'score', 16, 'SIGINT'),
     Moment('memory', 'sample', 6),
     Moment('memory', 'score', 8),
@@ -106,13 +112,15 @@ MOMENTS = (
     Moment('after rl_merged', 'export'),
     Moment('after rl_merged', 'replace', 2),
 )
-# For every run of the tests: each of the issue's moments, SIGKILL 13 times.
+# For every run of the tests: each of the issue's moments, SIGKILL 23 times.
 FEW = tuple(
     m for m in MOMENTS if (m.phase, m.point, m.signal) in {
         ('synth', 'draw', 'SIGKILL'), ('0_base', 'sample', 'SIGKILL'),
         ('pretrain', 'update', 'SIGTERM'), ('sft', 'update', 'SIGKILL'),
         ('sft', 'manifest', 'SIGKILL'), ('sft', 'saving', 'SIGKILL'),
         ('1_sft', 'score', 'SIGKILL'), ('rl', 'sample', 'SIGKILL'),
+        ('rl', 'judge', 'SIGKILL'), ('rl', 'verdict', 'SIGKILL'),
+        ('2_rl', 'judge', 'SIGKILL'),
         ('rl', 'score', 'SIGKILL'), ('rl', 'append', 'SIGKILL'),
         ('rl', 'update', 'SIGKILL'), ('rl', 'save', 'SIGKILL'),
         ('2_rl', 'score', 'SIGINT'), ('memory', 'sample', 'SIGKILL'),
@@ -122,10 +130,39 @@ FEW = tuple(
         ('after rl_merged', 'export', 'SIGKILL')})
 
 
-def attempts(directory: pathlib.Path, moments, seed: int):
+class Opinions:
+  """How a judge's server behaves: its verdicts depend on what it reads.
+
+  Attributes:
+    num_left: requests whose client was gone before they were answered, of
+      those that `resume_driver.pending_verdict` says are its last.
+  """
+
+  def __init__(self):
+    self.num_left = 0
+    self._has_last = threading.Event()
+
+  def __call__(self, request, connection):
+    if request.body.get('is_last'):
+      self._has_last.set()
+      self.num_left += connection.is_left(seconds=60.0)
+      return
+    if request.body.get('is_signal'):
+      self._has_last.wait(60.0)
+      self._has_last.clear()
+    elif connection.is_left(seconds=0.05):
+      return
+    is_yes = zlib.crc32(request.prompt.encode()) % 2 or (
+        'Candidate: Paris' in request.prompt)  # The trial.
+    connection.say('[[YES]]' if is_yes else '[[NO]]')
+
+
+def attempts(directory: pathlib.Path, moments, seed: int, url: str):
   """One uninterrupted run, then one that ends at every moment."""
+  judge = {'mode': 'endpoint', 'endpoint': {'url': url, 'model': 'judge'}}
   config = directory / 'conf.py'
-  config.write_text(CONFIG)
+  config.write_text(CONFIG.format(root=str(ROOT), changes={
+      'stages.rl.judge': judge, 'stages.evals.judge': judge}))
   rng = random.Random(seed)
 
   def attempt(name, **how):
@@ -138,9 +175,8 @@ def attempts(directory: pathlib.Path, moments, seed: int):
   return [attempt('whole'), *killed, attempt('killed')]
 
 
-def drive(directory: pathlib.Path, moments, seed: int, **environ: str):
+def drive(tries, **environ: str):
   """Runs all attempts; exit codes, names of damaged checkpoints, logs."""
-  tries = attempts(directory, moments, seed)
   done = subprocess.run(
       [sys.executable, str(ROOT / 'tests' / 'resume_driver.py')],
       input=json.dumps(tries), stdout=subprocess.PIPE, text=True, check=True,
@@ -158,7 +194,10 @@ def drive(directory: pathlib.Path, moments, seed: int, **environ: str):
 
 def check(directory: pathlib.Path, moments, seed: int, **environ: str):
   """The whole claim: each attempt ended as told, and nothing shows."""
-  codes, damaged, logs = drive(directory, moments, seed, **environ)
+  opinions = Opinions()
+  with chat_server.Server(opinions) as server:
+    codes, damaged, logs = drive(
+        attempts(directory, moments, seed, server.url), **environ)
   report = '\n'.join(
       f'{m}: {code}\n{log[-600:]}'
       for m, code, log in zip((*moments, 'end'), codes[1:], logs[1:]))
@@ -172,6 +211,7 @@ def check(directory: pathlib.Path, moments, seed: int, **environ: str):
       assert len(told) == 1, log
       assert told[0].endswith('; run the same command to resume.'), log
       assert 'Traceback' not in log
+  assert opinions.num_left == sum(m.point == 'judge' for m in moments)
   warnings = [x for log in logs for x in log.splitlines()
               if x.startswith('longjax: warning')]
   assert len(warnings) == len(damaged), warnings
@@ -198,6 +238,14 @@ def test_a_run_killed_at_many_moments_ends_with_equal_bits(tmp_path):
     norms = [float(r['values']['grad_norm']) for r in records
              if r['stage'] == stage]
     assert np.all(np.isfinite(norms)) and max(norms) > 1e-3, (stage, norms)
+  asked, yes, failed = (
+      sum(float(r['values'][f'judge/{n}']) for r in records
+          if r['stage'] == 'rl') for n in ('asked', 'yes', 'failed'))
+  assert 0 < yes < asked and not failed
+  for name in ('0_base', '1_sft', '2_rl'):
+    evaluation = json.loads(whole[f'evals/{name}.json'])
+    assert evaluation['facts']['judge'] == 'judge'
+    assert 'judge' in {r['rule'] for r in evaluation['records']}
 
 
 @pytest.mark.slow
@@ -209,7 +257,8 @@ def test_a_run_killed_at_every_moment_ends_with_equal_bits(tmp_path, seed):
 def test_the_full_set_has_twelve_kills_over_all_phases():
   kills = [m for m in MOMENTS if m.signal == 'SIGKILL']
   assert len(kills) >= 12
-  assert {'synth', 'sft', 'rl', '1_sft', 'memory', 'merge',
+  assert sum(m.signal == 'SIGKILL' for m in FEW) >= 12
+  assert {'synth', 'sft', 'rl', '1_sft', 'memory', 'after memory', 'merge',
           'rl_merged'} <= {m.phase for m in kills}
-  assert {'draw', 'sample', 'score', 'update', 'save', 'manifest'} <= {
+  assert {'draw', 'sample', 'score', 'judge', 'update', 'save', 'manifest'} <= {
       m.point for m in kills}

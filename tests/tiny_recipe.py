@@ -120,13 +120,13 @@ def shared_programs(directory: pathlib.Path) -> Iterator[None]:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """metrics.jsonl without what the clock measured."""
+  """metrics.jsonl without what the clock and earlier attempts decide."""
   found = []
   for line in (workdir / 'metrics.jsonl').read_text().splitlines():
     record = json.loads(line)
     record['values'] = {
         k: repr(v) for k, v in record['values'].items()  # NaN equals itself.
-        if not k.startswith('time/')}
+        if not k.startswith(('time/', 'judge/wait_seconds', 'judge/cached'))}
     found.append(record)
   return found
 
