@@ -1,8 +1,8 @@
 """The command line: loads a config, applies overrides, runs its job.
 
 `ml_collections.config_flags` loads the file. The overrides
-`--config.key=value` are applied here, because the dataclasses, not the file,
-know every key and type (`longjax.overrides`).
+`--config.key=value` are taken off before (`longjax.command_line`), because the
+dataclasses, not the file, know every key and type.
 
 Exit codes: 0 done, 1 a bug (with traceback), 2 a mistake of the user's (one
 line), 42 another process was lost (one line, see `parallel.processes`), 130 or
@@ -16,16 +16,13 @@ import os
 import pathlib
 import re
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from absl import app, flags
-from etils import epath
 from ml_collections import config_flags
 
-from longjax import config as config_lib
-from longjax import log, overrides, types
+from longjax import command_line, log, other_jobs, types
 
 USAGE = """\
 longjax: long-context reasoning and memory post-training in JAX
@@ -102,9 +99,6 @@ _PLAN_SEARCH = flags.DEFINE_boolean(
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-# A flag's key and value on the command line.
-_Override = tuple[str, str]
-
 
 def run() -> None:
   """The console script; exits the process."""
@@ -118,63 +112,6 @@ def run() -> None:
     sys.stdout.write(USAGE)
     sys.exit(0)
   app.run(_main, flags_parser=_parse_flags)
-
-
-def split_overrides(
-    arguments: Sequence[str],
-) -> tuple[list[str], list[_Override]]:
-  """Separates `--config.KEY=VALUE` from the other arguments.
-
-  `--config.KEY VALUE` means the same; without a value it is true, and
-  `--noconfig.KEY` is false. Of `--ask.KEY` the key is `ask.KEY`: see `_ask`.
-  """
-  rest: list[str] = []
-  found: list[_Override] = []
-  queue = list(arguments)
-  while queue:
-    argument = queue.pop(0)
-    match = re.fullmatch(
-        r'--?(no)?(?:config\.|(?=ask\.))([^=]+)(=.*)?', argument, re.DOTALL)
-    if match is None:
-      rest.append(argument)
-      continue
-    is_negated, key, value = match.groups()
-    if value is not None:
-      text = value[1:]
-    elif is_negated:
-      text = 'false'
-    elif queue and not re.match(r'--?[a-zA-Z]', queue[0]):
-      text = queue.pop(0)
-    else:
-      text = 'true'
-    found.append((key, text))
-  return rest, found
-
-
-def default_workdir(config_file: str) -> str:
-  """'configs/tiny.py:own_data' -> 'runs/tiny-own_data'."""
-  path, _, variant = config_file.partition(':')
-  stem = pathlib.Path(path).stem
-  variant = re.sub(r'[^\w.-]+', '-', variant)
-  return os.path.join('runs', f'{stem}-{variant}' if variant else stem)
-
-
-def open_workdir(path: str) -> epath.Path:
-  """Makes the directory; UserError if nothing can be written there."""
-  from longjax.train import mirror
-
-  workdir = epath.Path(path)
-  try:
-    with mirror.reporting(workdir):
-      workdir.mkdir(parents=True, exist_ok=True)
-      probe = workdir / f'.writable-{uuid.uuid4().hex}'  # Of this process.
-      probe.write_bytes(b'')
-      probe.unlink()
-  except OSError as error:
-    raise types.UserError(
-        f'cannot write to --workdir={path}: {error.strerror or error}; choose '
-        'another directory.') from error
-  return workdir
 
 
 def check_readable(config_file: str) -> None:
@@ -195,18 +132,11 @@ def check_readable(config_file: str) -> None:
         '--config=configs/tiny.py.')
 
 
-def build(cls: type, values: Any, changes: Sequence[_Override]) -> Any:
-  """The `cls` that a config file's values and the overrides describe."""
-  for key, text in changes:
-    overrides.apply(cls, values, key, text)
-  return config_lib.build(cls, values, 'config')
-
-
 def _parse_flags(
     argv: list[str],
-) -> tuple[list[str], list[_Override]]:
+) -> tuple[list[str], list[command_line.Override]]:
   """Parses absl's flags; what it returns is handed to `_main`."""
-  rest, changes = split_overrides(argv[1:])
+  rest, changes = command_line.split_overrides(argv[1:])
   for argument, following in zip(rest, [*rest[1:], '']):
     match = re.fullmatch(r'--?config(?:=(.*))?', argument, re.DOTALL)
     if match:
@@ -238,7 +168,7 @@ def _parse_flags(
   return positional, changes
 
 
-def _main(parsed: tuple[list[str], list[_Override]]) -> int:
+def _main(parsed: tuple[list[str], list[command_line.Override]]) -> int:
   """Runs the job; returns the exit code."""
   positional, changes = parsed
   log.set_up(is_distributed=_DISTRIBUTED.value)
@@ -250,26 +180,21 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
     if _CONFIG.value is None:
       raise types.UserError(
           'no --config=FILE given; for example --config=configs/tiny.py.')
-    job = _job(_CONFIG.value, changes)
-    if job == 'ask':
-      return _ask(changes)
-    for key, _ in changes:
-      if key.startswith('ask.'):
-        raise types.UserError(
-            f'--{key} does not go with job={job}; use it with '
-            '--config=configs/ask.py.')
-    if job in ('convert', 'merge'):
-      return _from_files_to_files(job, changes)
-    if job == 'bench':
-      return _bench(changes)
+    command = command_line.Command(
+        values=_CONFIG.value, changes=changes, config_file=_config_file(),
+        workdir=_WORKDIR.value, plan=_PLAN.value,
+        is_plan_optimized=_PLAN_OPTIMIZE.value,
+        is_plan_searched=_PLAN_SEARCH.value)
+    code = other_jobs.run(command, _all_processes)
+    if code is not None:
+      return code
     # Here, because --help and mistakes should not wait for orbax and grain.
     from longjax import recipe, run_config
 
-    config = build(run_config.RunConfig, _CONFIG.value, changes)
-    workdir = open_workdir(
-        _WORKDIR.value or default_workdir(_config_file()))
-    if _PLAN.value is not None:
-      return _plan(config, _PLAN.value, workdir, _config_file())
+    config = command.build(run_config.RunConfig)
+    workdir = command_line.open_workdir(command.workdir_name)
+    if command.plan is not None:
+      return other_jobs.plan(config, command, workdir)
     with _all_processes():
       return recipe.run(config, workdir) or 0
   except types.UserError as error:
@@ -291,92 +216,10 @@ def _main(parsed: tuple[list[str], list[_Override]]) -> int:
         f'{error.strerror}; free space and run the same command to resume.')
 
 
-def _job(values: Any, changes: Sequence[_Override]) -> str:
-  """What the config file and the overrides ask for."""
-  return dict(changes).get('job', values.get('job', 'recipe'))
-
-
-def _from_files_to_files(job: str, changes: Sequence[_Override]) -> int:
-  """Converts a model or merges several; that needs no work directory."""
-  from longjax.train import convert_job, merge_job
-
-  made: type
-  run_job: Callable[[Any], int]
-  if job == 'convert':
-    made, run_job = convert_job.ConvertConfig, convert_job.run
-    fields = '--config.source and --config.output'
-  else:
-    made, run_job = merge_job.MergeJobConfig, merge_job.run
-    fields = '--config.base, --config.experts and --config.output'
-  for flag in (_WORKDIR, _PLAN):
-    if flag.value is not None:
-      raise types.UserError(
-          f'--{flag.name} does not go with job={job}; set {fields}.')
-  config = build(made, _CONFIG.value, changes)
-  with _all_processes():
-    return run_job(config)
-
-
-def _bench(changes: Sequence[_Override]) -> int:
-  """Measures this machine."""
-  from longjax.bench import job, suite
-
-  if _PLAN.value is not None:
-    raise types.UserError('--plan does not go with job=bench.')
-  config = build(suite.BenchConfig, _CONFIG.value, changes)
-  workdir = open_workdir(_WORKDIR.value or default_workdir(_config_file()))
-  with _all_processes():
-    return job.run(config, workdir)
-
-
-def _ask(changes: Sequence[_Override]) -> int:
-  """Answers questions about documents.
-
-  `--ask.KEY` sets `KEY`. Documents and questions that are given several times
-  are taken together.
-  """
-  from longjax.ask import job, settings
-
-  if _PLAN.value is not None:
-    raise types.UserError('--plan does not go with job=ask.')
-  merged: dict[str, list[str]] = {}
-  for key, text in changes:
-    merged.setdefault(key.removeprefix('ask.'), []).append(text)
-  config = build(settings.AskConfig, _CONFIG.value, [
-      (key, repr(tuple(texts)) if len(texts) > 1 and key in (
-          'documents', 'question') else texts[-1])
-      for key, texts in merged.items()])
-  workdir = _WORKDIR.value or default_workdir(_config_file())
-  if '://' not in workdir:  # The job refuses it.
-    open_workdir(workdir)
-  try:
-    with _all_processes():
-      return job.run(config, workdir)
-  except BrokenPipeError:  # Of `| head`, which has read enough.
-    # What is still to be written to it would fail again at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141  # As of a program that SIGPIPE ends.
-
-
 def _config_file() -> str:
   """As given on the command line, with its variant."""
   config_flag: Any = flags.FLAGS['config']
   return config_flag.config_filename
-
-
-def _plan(
-    config: Any, topology: str, workdir: epath.Path, config_file: str
-) -> int:
-  """Plans the run for a TPU slice."""
-  from longjax.planner import job
-
-  return job.run(
-      config.trained(), workdir,
-      job.Options(
-          topology=topology, is_optimized=_PLAN_OPTIMIZE.value,
-          is_searched=_PLAN_SEARCH.value, config_file=config_file),
-      model=config.model, init_from=config.init_from,
-      mesh=config.mesh, compute=config.compute)
 
 
 @contextlib.contextmanager

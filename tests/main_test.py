@@ -12,7 +12,7 @@ import types as python_types
 import pytest
 from ml_collections import config_dict
 
-from longjax import main, types
+from longjax import command_line, main, types
 from longjax.parallel import processes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -239,7 +239,7 @@ def test_a_job_that_saved_and_stopped_tells_by_its_exit_code(outcomes):
 
 
 def test_overrides_are_separated_from_other_flags():
-  rest, found = main.split_overrides([
+  rest, found = command_line.split_overrides([
       '--config=a.py', '--config.x=1', '-config.y', '2', '--workdir', 'w',
       '--noconfig.z', '--config.u', '--config.v', '-1', '--config.w=a=b\nc',
       '--config.last'])
@@ -250,9 +250,10 @@ def test_overrides_are_separated_from_other_flags():
 
 
 def test_each_variant_has_its_own_default_work_directory():
-  assert main.default_workdir('configs/tiny.py') == 'runs/tiny'
-  assert main.default_workdir('/x/tiny.py:own_data') == 'runs/tiny-own_data'
-  assert main.default_workdir('tiny.py:a/../b') == 'runs/tiny-a-..-b'
+  name = command_line.default_workdir
+  assert name('configs/tiny.py') == 'runs/tiny'
+  assert name('/x/tiny.py:own_data') == 'runs/tiny-own_data'
+  assert name('tiny.py:a/../b') == 'runs/tiny-a-..-b'
 
 
 def test_a_misspelt_config_in_an_empty_directory_suggests_one_in_configs(
@@ -267,7 +268,7 @@ def test_a_misspelt_config_in_an_empty_directory_suggests_one_in_configs(
 
 
 def test_a_work_directory_is_made_and_left_empty(tmp_path):
-  made = main.open_workdir(str(tmp_path / 'a' / 'b'))
+  made = command_line.open_workdir(str(tmp_path / 'a' / 'b'))
   assert made.is_dir()
   assert list(made.iterdir()) == []
 
@@ -278,7 +279,8 @@ def test_the_last_override_of_a_key_wins():
     seed: int = 0
 
   values = config_dict.ConfigDict({})
-  assert main.build(Run, values, [('seed', '1'), ('seed', '2')]).seed == 2
+  changes = [('seed', '1'), ('seed', '2')]
+  assert command_line.build(Run, values, changes).seed == 2
 
 
 def test_the_console_script_is_this_main():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from etils.epath import backend
 
+from longjax import command_line, recipe, types
 from longjax import config as config_lib
-from longjax import main, recipe, types
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.evals import selection
 from longjax.model import huggingface
@@ -202,7 +202,7 @@ def test_what_a_store_answers_is_one_line(store, monkeypatch):
     raise HttpError('Anonymous caller, 401')
 
   monkeypatch.setattr(object_store.ObjectStore, '_open', refuse)
-  for use in (lambda: main.open_workdir(URL), lambda: convert_job.run(
+  for use in (lambda: command_line.open_workdir(URL), lambda: convert_job.run(
       convert_job.ConvertConfig(source=URL, output='out'))):
     with pytest.raises(
         types.UserError, match=f'cannot use {URL}: Anonymous caller, 401'):
@@ -220,7 +220,7 @@ def test_a_base_model_in_a_store_is_copied_without_strange_weights():
 
 
 def test_a_work_directory_in_a_store_is_tried_out(store, monkeypatch):
-  assert str(main.open_workdir(URL)) == URL
+  assert str(command_line.open_workdir(URL)) == URL
   assert not names(store)
 
   def missing(name, **kwargs):
@@ -229,7 +229,7 @@ def test_a_work_directory_in_a_store_is_tried_out(store, monkeypatch):
   backend.fsspec_backend._get_filesystem.cache_clear()
   monkeypatch.setattr(fsspec, 'filesystem', missing)
   with pytest.raises(types.UserError, match='LONGJAX_EXTRAS=gcs'):
-    main.open_workdir(URL)
+    command_line.open_workdir(URL)
 
 
 def test_other_processes_take_what_they_read_from_the_store(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from longjax import main, types
+from longjax import command_line, types
 from longjax.agents import memory
 from longjax.ask import job, saved, settings
 from longjax.data import chat, prompts
@@ -162,7 +162,7 @@ def test_the_window_is_the_models(tmp_path):
 
 
 def test_flags_of_ask_are_keys_of_its_config():
-  rest, found = main.split_overrides([
+  rest, found = command_line.split_overrides([
       '--config=ask.py', '--ask.question', 'Who?', '--ask.question=a=b, c',
       '--noask.each_file', '--ask.show_memory'])
   assert rest == ['--config=ask.py']
