@@ -65,18 +65,20 @@ class Asked:
   Attributes:
     context: the files.
     question: what is asked.
+    number: its place among all that is asked, from 0.
     heading: shown above the answer; '' if it is the only one.
     reading: how far the answer is; changed in place.
   """
 
   context: Context
   question: str
+  number: int
   heading: str
   reading: saved.Reading
 
   @property
-  def number(self) -> int:
-    """Seeds what is written."""
+  def seed(self) -> int:
+    """Of what is written."""
     return prompts.number(self.question)
 
   def example(

@@ -81,9 +81,11 @@ def run(
   if long:
     settings.check_parts(
         config, window, turns.lengths(agent, config.questions))
-  if all(one.reading.answer for one in asked):
+  is_answered = all(one.reading.answer for one in asked)
+  if is_answered:
     logging.info('Answered before, see %s', folder.path / saved.FILE)
-    writing.known(asked, show_thinking=config.show_thinking)
+  shown = writing.known(asked, show_thinking=config.show_thinking)
+  if is_answered:
     return 0
   save()
   workdir_lib.use_compilation_cache(workdir)
@@ -97,10 +99,8 @@ def run(
     for some, answer in (
         (fitting, functools.partial(whole.answer, window=window)),
         (long, functools.partial(turns.answer, agent=agent))):
-      if all(one.reading.answer for one in some):
-        writing.known(some, show_thinking=config.show_thinking)
-      else:
-        answer(model, config, some, save=save)
+      if not all(one.reading.answer for one in some):
+        answer(model, config, some, shown=shown, save=save)
   logging.info('%s', _memory_use())
   return 0
 
@@ -150,7 +150,8 @@ def _restored(
       about += [question] * (len(config.questions) > 1)
       number = len(asked)
       asked.append(inquiry.Asked(
-          context=context, question=question, heading=': '.join(about),
+          context=context, question=question, number=number,
+          heading=': '.join(about),
           reading=saved.Reading.from_json(content['readings'][number])
           if content else saved.Reading()))
   return asked

@@ -27,7 +27,7 @@ class Answers:
       headings: Sequence[str],
       *,
       show_thinking: bool,
-      footers: Sequence[str] | None = None,
+      footers: Sequence[Callable[[], str]] | None = None,
       stream: TextIO | None = None,
   ):
     """Shows nothing yet.
@@ -35,7 +35,8 @@ class Answers:
     Args:
       headings: above each answer; '' is none.
       show_thinking: also what stands before '</think>', dimmed on a terminal.
-      footers: below each answer.
+      footers: below each answer; each is asked for when its answer ends. ''
+        is none.
       stream: where to write; None is standard output.
     """
     self._stream = sys.stdout if stream is None else stream
@@ -44,7 +45,7 @@ class Answers:
                 show_thinking=show_thinking,
                 is_terminal=self._stream.isatty())
         for i, (heading, footer) in enumerate(zip(
-            headings, footers or [''] * len(headings), strict=True))]
+            headings, footers or [str] * len(headings), strict=True))]
     self._current = 0
     self._is_shown = multihost.is_primary()
 
@@ -78,8 +79,8 @@ class _Writer:
   """One answer: thinking, then what stands after '</think>'."""
 
   def __init__(
-      self, write: Callable[[str], None], heading: str, footer: str, *,
-      show_thinking: bool, is_terminal: bool,
+      self, write: Callable[[str], None], heading: str,
+      footer: Callable[[], str], *, show_thinking: bool, is_terminal: bool,
   ):
     self.is_done = False
     self._write = write
@@ -89,6 +90,7 @@ class _Writer:
     self._is_terminal = is_terminal
     self._waiting = ''
     self._is_thinking = True
+    self._has_text = False  # Anything was added.
     self._has_begun = False  # With what stands on the screen now.
     self._is_last = False
     self._is_finished = True
@@ -96,10 +98,13 @@ class _Writer:
   def add(self, text: str, *, is_last: bool, is_finished: bool) -> None:
     """Takes text, shows nothing."""
     self._waiting += text
+    self._has_text = True
     self._is_last, self._is_finished = is_last, is_finished
 
   def show(self) -> None:
     """Shows what waits and is certain."""
+    if not self._has_text:
+      return
     if self._heading:
       self._write(f'{self._heading}\n')
       self._heading = ''
@@ -151,8 +156,8 @@ class _Writer:
       logging.warning(
           'The answer was cut %sat the longest length; raise '
           '--ask.sampler.max_response_len.', where)
-    if self._footer:
-      self._write(f'{self._footer}\n')
+    if footer := self._footer():
+      self._write(f'{footer}\n')
     self.is_done = True
 
 

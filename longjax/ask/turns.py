@@ -33,6 +33,7 @@ def answer(
     asked: Sequence[inquiry.Asked],
     *,
     agent: memory_lib.MemoryAgent,
+    shown: screen.Answers,
     save: inquiry.Save,
 ) -> None:
   """Answers questions about contexts of any length, and shows the answers.
@@ -40,11 +41,12 @@ def answer(
   Args:
     model: who is asked.
     config: what is set.
-    asked: the questions; those answered before are only shown.
+    asked: the questions; those answered before are passed over.
     agent: writes prompts.
+    shown: where answers are shown.
     save: called after every part.
   """
-  reading = _Reading(model, agent, config, asked)
+  reading = _Reading(model, agent, config, asked, shown)
   done, total = reading.num_read()
   with contextlib.ExitStack() as stack:
     bar = None
@@ -69,12 +71,15 @@ class _Reading:
   def __init__(
       self, model: inquiry.Model, agent: memory_lib.MemoryAgent,
       config: settings.AskConfig, asked: Sequence[inquiry.Asked],
+      shown: screen.Answers,
   ):
     self.before_answers: Callable[[], None] = lambda: None
     self._model = model
     self._agent = agent
     self._config = config
     self._asked = asked
+    self._shown = shown
+    self._unshown: list[inquiry.Asked] = []  # Answered while others read on.
     self._documents = {
         one.context: parts.Parts(
             agent, one.context.paths, num_parts=one.context.size.num_parts)
@@ -92,7 +97,7 @@ class _Reading:
     self._write = sampled.generate(
         self._session, self._key,
         examples=[one.example() for one in asked],
-        numbers=[one.number for one in asked])
+        numbers=[one.seed for one in asked])
 
   def _query(self, asked: inquiry.Asked) -> rounds.Query:
     question, instruction = query.split(asked.question)
@@ -116,11 +121,12 @@ class _Reading:
     if any(p.turn < self.queries[p.query].num_parts for p in prompts):
       return self._write(prompts)
     self.before_answers()
+    writing.show(self._shown, self._unshown)
     logging.info('Answering.')
     given = [
         types.Prompt(
             example=self._asked[p.query].example(), tokens=p.tokens,
-            number=self._asked[p.query].number) for p in prompts]
+            number=self._asked[p.query].seed) for p in prompts]
     keys = sampled.turn_keys(self._key, prompts)
     stop_ids = self._model.tokenizer.stop_ids
     return [
@@ -128,9 +134,8 @@ class _Reading:
         for tokens in writing.stream(
             self._session, given, engine.prompt_keys(keys, given),
             tokenizer=self._model.tokenizer,
-            shown=writing.known(
-                self._asked, show_thinking=self._config.show_thinking),
-            numbers=[prompt.query for prompt in prompts])]
+            shown=self._shown,
+            numbers=[self._asked[p.query].number for p in prompts])]
 
   def note(self, turns: Sequence[rounds.Turn]) -> None:
     """Keeps what a round left."""
@@ -141,6 +146,7 @@ class _Reading:
       if turn.is_last:
         reading.answer = writing.answer(
             turn.response.tokens, self._model.tokenizer)
+        self._unshown.append(one)
         continue
       reading.sources.update(
           self._agent.text(turn.notes.memory), reading.turn,

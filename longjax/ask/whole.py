@@ -6,7 +6,7 @@ import jax
 from absl import logging
 
 from longjax import types
-from longjax.ask import files, inquiry, settings, writing
+from longjax.ask import files, inquiry, screen, settings, writing
 from longjax.data import chat
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.rollout import engine
@@ -35,6 +35,7 @@ def answer(
     config: settings.AskConfig,
     asked: Sequence[inquiry.Asked],
     *,
+    shown: screen.Answers,
     window: int,
     save: inquiry.Save,
 ) -> None:
@@ -43,11 +44,11 @@ def answer(
   Args:
     model: who is asked.
     config: what is set.
-    asked: the questions; those answered before are only shown.
+    asked: the questions; those answered before are passed over.
+    shown: where answers are shown.
     window: tokens of prompt and response at most.
     save: called when some are answered.
   """
-  shown = writing.known(asked, show_thinking=config.show_thinking)
   session = model.session(
       settings.whole_engine(config, window, len(asked)), config.sampler)
   size = _BATCHES_AT_ONCE * config.at_once
@@ -62,7 +63,8 @@ def answer(
     logging.info('Answering.')
     written = writing.stream(
         session, made, engine.prompt_keys(jax.random.key(config.seed), made),
-        tokenizer=model.tokenizer, shown=shown, numbers=numbers)
+        tokenizer=model.tokenizer, shown=shown,
+        numbers=[asked[i].number for i in numbers])
     for i, tokens in zip(numbers, written, strict=True):
       asked[i].reading.answer = writing.answer(tokens, model.tokenizer)
     save()
@@ -73,5 +75,5 @@ def _prompt(
 ) -> types.Prompt:
   example = asked.example(files.whole(asked.context.paths))
   return types.Prompt(
-      example=example, number=asked.number,
+      example=example, number=asked.seed,
       tokens=tuple(chat.render_prompt(example, tokenizer)))

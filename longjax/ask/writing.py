@@ -1,5 +1,6 @@
 """Answers written for someone who reads along."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -60,15 +61,26 @@ def answer(
 def known(
     asked: Sequence[inquiry.Asked], *, show_thinking: bool
 ) -> screen.Answers:
-  """Shows the answers that are there, and takes the others."""
+  """Shows the answers that are there, and takes the others.
+
+  Args:
+    asked: all that is asked, in order.
+    show_thinking: see `screen.Answers`.
+  """
   shown = screen.Answers(
-      [one.heading for one in asked], footers=[_footer(one) for one in asked],
-      show_thinking=show_thinking)
-  for i, one in enumerate(asked):
-    given = one.reading.answer
-    if given:
-      shown.add(i, given.text, is_last=True, is_finished=given.is_finished)
+      [one.heading for one in asked], show_thinking=show_thinking,
+      footers=[functools.partial(_footer, one) for one in asked])
+  show(shown, [one for one in asked if one.reading.answer])
   return shown
+
+
+def show(shown: screen.Answers, asked: Sequence[inquiry.Asked]) -> None:
+  """Shows answers that were not streamed."""
+  for one in asked:
+    given = one.reading.answer
+    assert given is not None, one.question
+    shown.add(
+        one.number, given.text, is_last=True, is_finished=given.is_finished)
 
 
 def _footer(asked: inquiry.Asked) -> str:

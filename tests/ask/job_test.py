@@ -113,7 +113,7 @@ def test_questions_and_files_at_once_are_answered_as_one_by_one(
 
 
 def test_auto_reads_whole_what_fits_and_in_parts_what_does_not(
-    texts, tmp_path, caplog):
+    texts, tmp_path, caplog, capsys):
   (tmp_path / 'short.txt').write_text('Ada came to Oslo.\n')
   caplog.set_level('INFO')
   got = ask(tmp_path / 'w', config(
@@ -124,6 +124,12 @@ def test_auto_reads_whole_what_fits_and_in_parts_what_does_not(
       got['sizes'][0]['num_parts'] + 1, 0]
   assert re.search(r'a.txt: [\d,]+ tokens, read in \d+ part', caplog.text)
   assert re.search(r'short.txt: \d+ tokens, read whole', caplog.text)
+  # Answered later, shown first: as the files are given.
+  shown = capsys.readouterr().out
+  assert re.findall(r'^\S*\.txt$', shown, re.MULTILINE) == [
+      f'{texts}/a.txt', f'{tmp_path}/short.txt']
+  assert f'\n\n{tmp_path}/short.txt\n' in shown
+  assert shown.index('came from:') < shown.index('short.txt')
 
 
 @pytest.mark.parametrize('fields, message', [

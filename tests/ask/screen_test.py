@@ -17,7 +17,7 @@ def shown(texts, *, show_thinking=False, is_finished=True, terminal=False):
   """What one answer in pieces leaves on the screen."""
   stream = Terminal() if terminal else io.StringIO()
   answers = screen.Answers(
-      [''], show_thinking=show_thinking, stream=stream, footers=['end'])
+      [''], show_thinking=show_thinking, stream=stream, footers=[lambda: 'end'])
   for i, text in enumerate(texts):
     answers.add(0, text, is_last=i == len(texts) - 1, is_finished=is_finished)
   return stream.getvalue()
@@ -61,3 +61,11 @@ def test_an_answer_waits_for_those_before_it():
   assert stream.getvalue() == 'One?\nfir'
   answers.add(0, 'st', is_last=True)
   assert stream.getvalue() == 'One?\nfirst\n\nTwo?\nsecond\n'
+
+
+def test_a_heading_waits_for_its_answer():
+  stream = io.StringIO()
+  answers = screen.Answers(
+      ['One?', 'Two?'], show_thinking=False, stream=stream)
+  answers.add(1, '</think>second', is_last=True)
+  assert stream.getvalue() == ''
