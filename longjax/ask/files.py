@@ -27,7 +27,7 @@ _MAX_LINE_BYTES = 1 << 13
 _MAX_JSON_BYTES = 1 << 26
 # Where a line is cut no tag may begin: see `agents.memory`.
 _MAX_TAG_CHARS = 64
-_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
+_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

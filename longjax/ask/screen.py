@@ -15,8 +15,10 @@ from longjax.data import turns
 from longjax.parallel import multihost
 
 _DIM, _PLAIN = '\x1b[2m', '\x1b[0m'
-# A model may write what moves a terminal's cursor or sets its colours.
-_CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
+# A model may write what moves a terminal's cursor, sets its colours, or turns
+# the direction of what follows.
+_CONTROL = re.compile(
+    r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')
 
 
 class Answers:
@@ -71,7 +73,9 @@ class Answers:
 
   def _write(self, text: str) -> None:
     if self._is_shown and text:
-      self._stream.write(text)
+      # A terminal of another encoding shows '?' for what it lacks.
+      encoding = self._stream.encoding or 'utf-8'
+      self._stream.write(text.encode(encoding, 'replace').decode(encoding))
       self._stream.flush()
 
 

@@ -50,6 +50,15 @@ def test_thinking_is_dimmed_on_a_terminal_only():
 
 def test_a_model_cannot_steer_the_terminal():
   assert shown(['</think>a\x1b[2J\x07b\tc\x9b1m\n']) == 'a[2Jb\tc1m\n\nend\n'
+  assert shown(['</think>a\u202eb\u2066c\u2069']) == 'abc\nend\n'
+
+
+def test_a_terminal_without_a_character_shows_a_question_mark():
+  raw = io.BytesIO()
+  answers = screen.Answers([''], show_thinking=False, stream=io.TextIOWrapper(
+      raw, encoding='latin-1'))
+  answers.add(0, '</think>Grüße, 漢字', is_last=True)
+  assert raw.getvalue().decode('latin-1') == 'Grüße, ??\n'
 
 
 def test_an_answer_waits_for_those_before_it():
