@@ -70,7 +70,8 @@ def run(
   tokenizer = tokenizer_lib.load(source.directory)
   window = settings.window(config, source.directory)
   agent = _agent(config, tokenizer, window)
-  folder = saved.Folder(workdir, _asked_of(config, paths, source))
+  folder = saved.Folder(workdir, _asked_of(
+      config, paths, source, workdir=pathlib.Path(workdir).resolve()))
   asked = _restored(folder.load(), config, agent, paths)
 
   def save() -> None:
@@ -118,18 +119,34 @@ def _agent(
 
 def _asked_of(
     config: settings.AskConfig, paths: Sequence[pathlib.Path],
-    source: model_files.Source,
+    source: model_files.Source, *, workdir: pathlib.Path,
 ) -> dict[str, Any]:
-  """What tells this inquiry from others."""
+  """What tells this inquiry from others.
+
+  Args:
+    config: what is set.
+    paths: of the documents.
+    source: who is asked.
+    workdir: of all inquiries, absolute. It may lie in the model's directory
+      or hold it; what inquiries write there is no part of the model.
+  """
   # A checkpoint's own files, and those of the tokenizer or the whole model.
   folders = {pathlib.Path(source.name), source.directory}
+  compiled = workdir / workdir_lib.COMPILED_FOLDER
+
+  def is_ours(path: pathlib.Path) -> bool:
+    at = path.resolve()
+    return compiled in at.parents or (
+        at.name == saved.FILE and at.parent.parent == workdir)
+
   return {
       'format': _FORMAT, 'settings': config.facts(),
       'questions': list(config.questions),
       'documents': [saved.identity(path) for path in paths],
       'model': source.name, 'model_files': [
           saved.identity(path) for folder in sorted(folders)
-          for path in sorted(folder.rglob('*')) if path.is_file()]}
+          for path in sorted(folder.rglob('*')) if path.is_file()
+          and not is_ours(path)]}
 
 
 def _restored(

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -159,10 +160,16 @@ def test_the_window_is_the_models(tmp_path):
   asked = settings.AskConfig(sampler=SAMPLER)
   assert settings.window(asked, pathlib.Path(MODEL)) == 262_144
   assert settings.window(asked, tmp_path) == 32_768
-  (tmp_path / 'config.json').write_text(json.dumps({
-      'max_position_embeddings': 100, 'rope_scaling': {
-          'factor': 4.0, 'original_max_position_embeddings': 100}}))
-  assert settings.window(asked, tmp_path) == 400
+  yarn = {'factor': 4.0, 'original_max_position_embeddings': 100}
+  for content, want in (
+      ({'max_position_embeddings': 100, 'rope_scaling': yarn}, 400),
+      ({'max_position_embeddings': 100, 'rope_parameters': yarn}, 400),
+      ({'max_position_embeddings': 100, 'rope_scaling': 'yarn'}, 100),
+      ({'max_position_embeddings': 100, 'rope_scaling': None}, 100),
+      ({'max_position_embeddings': None, 'rope_scaling': {
+          'factor': 4.0, 'original_max_position_embeddings': None}}, 32_768)):
+    (tmp_path / 'config.json').write_text(json.dumps(content))
+    assert settings.window(asked, tmp_path) == want, content
   assert settings.window(
       settings.AskConfig(sampler=SAMPLER, window=7), tmp_path) == 7
 
@@ -175,6 +182,22 @@ def test_flags_of_ask_are_keys_of_its_config():
   assert found == [
       ('ask.question', 'Who?'), ('ask.question', 'a=b, c'),
       ('ask.each_file', 'false'), ('ask.show_memory', 'true')]
+
+
+def test_an_inquiry_inside_the_models_directory_is_found_again(
+    texts, tmp_path, caplog):
+  model = tmp_path / 'model'
+  shutil.copytree(MODEL, model)
+  asked = config(texts, documents='b.md', question='Who?', model=str(model))
+  caplog.set_level('INFO')
+  ask(model, asked)
+  assert job.run(asked, model, devices=jax.devices()[:1]) == 0
+  assert 'Answered before' in caplog.text
+  # Another model is another inquiry.
+  (model / 'README.md').write_text('Trained on.')
+  caplog.clear()
+  ask(model, asked)
+  assert 'Answered before' not in caplog.text
 
 
 @pytest.fixture(scope='module')
