@@ -132,19 +132,26 @@ def window(config: AskConfig, directory: pathlib.Path) -> int:
 
   Args:
     config: what is set counts.
-    directory: of the model.
+    directory: of the model. What its config.json has there that are no numbers
+      counts as not said.
   """
   if config.window:
     return config.window
   path = directory / 'config.json'
   content = json.loads(path.read_text()) if path.exists() else {}
-  longest = content.get('max_position_embeddings', _DEFAULT_WINDOW)
-  yarn = content.get('rope_scaling') or {}
-  if yarn.get('original_max_position_embeddings') and yarn.get('factor'):
+  longest = _number(content, 'max_position_embeddings') or _DEFAULT_WINDOW
+  # Newer files have the second; see `model.huggingface_config`.
+  for yarn in (content.get('rope_scaling'), content.get('rope_parameters')):
     # Some models' files state the length before YaRN, some that with it.
-    longest = max(longest, round(
-        yarn['factor'] * yarn['original_max_position_embeddings']))
-  return int(longest)
+    longest = max(longest, _number(yarn, 'factor') * _number(
+        yarn, 'original_max_position_embeddings'))
+  return round(longest)
+
+
+def _number(table: Any, name: str) -> float:
+  """A number in a table that may be none; 0 if it is not there."""
+  found = table.get(name) if isinstance(table, dict) else None
+  return found if isinstance(found, int | float) else 0
 
 
 def room(config: AskConfig, window_len: int) -> int:
