@@ -49,6 +49,8 @@ class Endpoint:
         else verdict_cache.VerdictCache(cache_path))
     self._asked: dict[
         str, judge.Ruling | concurrent.futures.Future[judge.Verdict]] = {}
+    # On their way, though nobody waits for them any more.
+    self._dropped: dict[str, concurrent.futures.Future[judge.Verdict]] = {}
     self._last_failure = ''
     self._loop = asyncio.new_event_loop()
     self._thread: threading.Thread | None = None
@@ -79,6 +81,10 @@ class Endpoint:
     key = judge.cache_key(request)
     if key in self._asked:
       return
+    left = self._dropped.pop(key, None)
+    if left is not None and not _is_lost(left):
+      self._asked[key] = left
+      return
     known = None if self._cache is None else self._cache.get(key)
     self._asked[key] = (
         self._start(key, request) if known is None
@@ -87,6 +93,9 @@ class Endpoint:
   def rulings(self, cases: Sequence[judge.Case]) -> list[judge.Ruling]:
     """Waits, `max_wait_seconds` at most; see `judge.Judge`.
 
+    Cases that were asked and are not among these are dropped. What is on its
+    way is not sent again if it is asked again; the rest is forgotten.
+
     Raises:
       UserError: a verdict could not be written to the cache.
     """
@@ -94,6 +103,7 @@ class Endpoint:
     keys = [judge.cache_key(self._request(case)) for case in cases]
     found = {key: self._ruling(self._asked.pop(key), deadline)
              for key in dict.fromkeys(keys)}
+    self._drop()
     num_failed = sum(
         r.verdict is judge.Verdict.FAILED for r in found.values())
     if num_failed:
@@ -112,6 +122,14 @@ class Endpoint:
     self._loop.close()
     if self._cache is not None:
       self._cache.close()
+
+  def _drop(self) -> None:
+    """Forgets what is left, but for requests that are open."""
+    left = self._dropped | {
+        key: asked for key, asked in self._asked.items()
+        if not isinstance(asked, judge.Ruling)}
+    self._dropped = {key: f for key, f in left.items() if not f.done()}
+    self._asked = {}
 
   def _request(self, case: judge.Case) -> dict[str, Any]:
     return self._client.request(judge.render(case))
@@ -164,3 +182,10 @@ class Endpoint:
       task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await self._client.close()
+
+
+def _is_lost(asked: concurrent.futures.Future[judge.Verdict]) -> bool:
+  """Whether a request has ended without a verdict."""
+  return asked.done() and (
+      asked.cancelled() or asked.exception() is not None
+      or asked.result() is judge.Verdict.FAILED)

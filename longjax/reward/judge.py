@@ -89,7 +89,8 @@ class Judge(Protocol):
     """Waits for the rulings on cases that were asked, and forgets them.
 
     Args:
-      cases: each was given to `ask`; the same one may stand here many times.
+      cases: each was given to `ask` since the last call; the same one may
+        stand here many times. Others that were asked are dropped.
 
     Returns:
       One for each case, in this order. A judge that cannot be reached gives
