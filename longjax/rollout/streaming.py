@@ -8,6 +8,10 @@ from longjax.rollout import engine
 
 # What a tokenizer shows in place of half a character.
 _HALF = '\ufffd'
+# Tokens that wait, at most, for a character to be whole; it has four bytes at
+# most, so that after three more tokens it is certain whether it will be.
+_MOST_WAITING = 8
+_MOST_MISSING = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,8 @@ def pieces(
     tokenizer: of the model.
 
   Yields:
-    A piece as soon as its characters are certain. Those of a response make up
-    `engine.response_text`.
+    A piece as soon as its characters are certain, or certainly broken. Those of
+    a response make up `engine.response_text`.
   """
   readers: dict[tuple[int, int], _Reader] = {}
   for token in tokens:
@@ -71,15 +75,31 @@ class _Reader:
     """What is certain now."""
     self._waiting.append(token)
     text = self._new()
-    if not text or text.endswith(_HALF):
+    if text and not text.endswith(_HALF):
+      self._shown, self._waiting = self._waiting, []
+      return text
+    if len(self._waiting) < _MOST_WAITING:
       return ''
-    self._shown, self._waiting = self._waiting, []
-    return text
+    return self._broken(text)
+
+  def _broken(self, text: str) -> str:
+    """What is certain of text that ends with half a character, as all before.
+
+    Otherwise ever more tokens would be decoded again with each one.
+    """
+    latest = len(self._waiting) - _MOST_MISSING
+    for end in range(latest, latest - _MOST_MISSING - 1, -1):
+      begin = self._new(end)
+      if text.startswith(begin):  # It ends within no character.
+        self._shown, self._waiting = self._waiting[:end], self._waiting[end:]
+        return begin
+    return ''
 
   def rest(self) -> str:
     """What no token follows any more."""
     return self._new() if self._waiting else ''
 
-  def _new(self) -> str:
+  def _new(self, end: int | None = None) -> str:
+    """What the first `end` waiting tokens add; None is all."""
     before = self._decode(self._shown)
-    return self._decode([*self._shown, *self._waiting])[len(before):]
+    return self._decode([*self._shown, *self._waiting[:end]])[len(before):]

@@ -1,5 +1,7 @@
 """Tests for longjax.rollout.streaming."""
 
+import itertools
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -37,6 +39,42 @@ def joined(tokens, tokenizer):
 @hypothesis.given(st.lists(st.integers(8, 400), min_size=1, max_size=60))
 def test_pieces_make_up_the_text_of_any_ids(tokenizer, ids):
   assert joined(written(ids), tokenizer) == tokenizer.decode(ids)
+
+
+def broken_ids(tokenizer):
+  """Tokens that are parts of characters."""
+  found = [i for i in range(400) if tokenizer.decode([i]) == '\ufffd']
+  assert len(found) > 20
+  return found
+
+
+@hypothesis.settings(
+    deadline=None, suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=st.data())
+def test_pieces_make_up_the_text_of_broken_characters(tokenizer, data):
+  some = st.sampled_from(broken_ids(tokenizer))
+  whole = st.sampled_from('漢👩é').map(tokenizer.encode)
+  ids = list(itertools.chain(*data.draw(st.lists(
+      st.one_of(st.lists(some, max_size=20), whole), min_size=1))))
+  hypothesis.assume(ids)
+  assert joined(written(ids), tokenizer) == tokenizer.decode(ids)
+
+
+def test_broken_characters_are_not_decoded_again_and_again(tokenizer):
+  ids = broken_ids(tokenizer)[:12] * 20
+  decoded = []
+
+  class Watched:
+
+    def decode(self, given):
+      decoded.append(len(given))
+      return tokenizer.decode(given)
+
+  pieces = list(streaming.pieces(written(ids), Watched()))
+  assert ''.join(p.text for p in pieces) == tokenizer.decode(ids)
+  assert max(decoded) < 24
+  assert len(pieces) > 10
 
 
 def test_characters_come_whole_and_as_soon_as_they_are_certain(tokenizer):
