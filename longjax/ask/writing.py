@@ -7,6 +7,7 @@ import numpy as np
 
 from longjax import types
 from longjax.ask import inquiry, saved, screen
+from longjax.data import chat
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.rollout import engine, streaming
 
@@ -54,7 +55,7 @@ def answer(
   """The answer that ids are."""
   is_finished = bool(tokens) and tokens[-1] in tokenizer.stop_ids
   return saved.Answer(
-      text=tokenizer.decode(tokens[:-1] if is_finished else tokens),
+      text=chat.response_text(tokens, tokenizer, is_finished=is_finished),
       is_finished=is_finished)
 
 

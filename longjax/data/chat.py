@@ -149,6 +149,20 @@ def render_response(
   ]
 
 
+def response_text(
+    tokens: Sequence[int], tokenizer: tokenizer_lib.Tokenizer, *,
+    is_finished: bool,
+) -> str:
+  """Text of a response, '</think>' visible, without the stop token.
+
+  Args:
+    tokens: ids, stop token included.
+    tokenizer: decodes.
+    is_finished: the last one is a stop token.
+  """
+  return tokenizer.decode(tokens[:-1] if is_finished else tokens)
+
+
 def split_response(text: str) -> Response:
   """Separates thinking from answer at the last '</think>'."""
   text = text.removesuffix(turns.TURN_END)

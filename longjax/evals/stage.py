@@ -11,7 +11,7 @@ import numpy as np
 from longjax import types
 from longjax.agents import memory as memory_lib
 from longjax.agents import rounds, sampled
-from longjax.data import prompts
+from longjax.data import chat, prompts
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.evals import runner, scores
 from longjax.model import architecture
@@ -227,9 +227,9 @@ def _read(
 
   def made(q: int, g: int) -> runner.Response:
     last = answers[q, g]
-    tokens = last.tokens[:-1] if last.is_finished else last.tokens
     return runner.Response(
-        text=tokenizer.decode(tokens), length=int(lengths[q, g]),
-        is_finished=last.is_finished)
+        text=chat.response_text(
+            last.tokens, tokenizer, is_finished=last.is_finished),
+        length=int(lengths[q, g]), is_finished=last.is_finished)
 
   return [[made(q, g) for g in range(num_samples)] for q in range(len(batch))]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from longjax import types
+from longjax.data import chat
 from longjax.data import tokenizer as tokenizer_lib
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
@@ -449,8 +450,7 @@ def _add(out: types.Rollouts, piece: continuous.Piece) -> None:
 def response_text(
     tokenizer: tokenizer_lib.Tokenizer, rollouts: types.Rollouts, p: int, g: int
 ) -> str:
-  """Text of a response, '</think>' visible, without the stop token."""
-  ids = rollouts.tokens[p, g, :rollouts.lengths[p, g]]
-  if rollouts.is_finished[p, g]:
-    ids = ids[:-1]
-  return tokenizer.decode(ids.tolist())
+  """Text of sample `g` of prompt `p`, see `chat.response_text`."""
+  return chat.response_text(
+      rollouts.tokens[p, g, :rollouts.lengths[p, g]].tolist(), tokenizer,
+      is_finished=bool(rollouts.is_finished[p, g]))

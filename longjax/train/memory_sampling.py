@@ -19,7 +19,7 @@ import numpy as np
 
 from longjax import rows, types
 from longjax.agents import memory, rounds, sampled
-from longjax.data import prompts, task_balance
+from longjax.data import chat, prompts, task_balance
 from longjax.train import partial, rl_stage, run_state, sampling
 
 
@@ -73,9 +73,11 @@ class MemoryTurns:
         by_trajectory[i].append(turn)
         # Short documents are graded while long ones are still read.
         if turn.is_last:
-          texts[i] = self._text(turn.response)
-          submit((p, g), chosen[p], texts[i],
-                 is_finished=turn.response.is_finished)
+          is_finished = turn.response.is_finished
+          texts[i] = chat.response_text(
+              turn.response.tokens, self._context.tokenizer,
+              is_finished=is_finished)
+          submit((p, g), chosen[p], texts[i], is_finished=is_finished)
     turns = list(itertools.chain(*by_trajectory))
     return sampling.Sampled(
         prompts=[
@@ -133,11 +135,6 @@ class MemoryTurns:
         logprobs=by_sample(logprobs), entropy=by_sample(entropy),
         entropy_t1=by_sample(entropy_t1), is_finished=by_sample(np.asarray(
             [turns[-1].response.is_finished for turns in by_trajectory])))
-
-  def _text(self, response: rounds.Response) -> str:
-    tokens = response.tokens
-    return self._context.tokenizer.decode(
-        tokens[:-1] if response.is_finished else tokens)
 
 
 def groups(
