@@ -10,9 +10,10 @@ rate of the main job.
 Time: 9 minutes on two idle cores.
 """
 
+from ml_collections import config_dict
+
 from configs import tiny
 from configs.ablations import arms
-from ml_collections import config_dict
 
 VARIANTS = ('weak_sft',)
 
