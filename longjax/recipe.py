@@ -28,12 +28,12 @@ from longjax.parallel import rules as rules_lib
 from longjax.planner import ahead
 from longjax.synthesis import stage as synth_stage
 from longjax.train import (
-  checkpoint,
-  initial,
-  merge_stage,
-  metrics,
-  mirror,
-  run_state,
+    checkpoint,
+    initial,
+    merge_stage,
+    metrics,
+    mirror,
+    run_state,
 )
 from longjax.train import state as state_lib
 from longjax.train import workdir as workdir_lib

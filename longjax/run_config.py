@@ -8,6 +8,7 @@ from longjax import config as config_lib
 from longjax import stage_list, types
 from longjax.evals import comparison as comparison_lib
 from longjax.evals import stage as evals_stage
+from longjax.evals import tables
 from longjax.model import architecture
 from longjax.model import compute as compute_lib
 from longjax.parallel import mesh as mesh_lib
@@ -90,11 +91,12 @@ class RunConfig:
       raise types.UserError(
           f'job={self.job!r}: recipe={self.recipe} has no such stage.')
     stage_list.check_plan(plan)
+    policies = [n.name for n in plan if isinstance(n.stage, stage_list.Making)]
     for name in self.comparison.stages if self.comparison else ():
-      if name not in self.recipe:
+      if name not in policies:
         raise types.UserError(
-            f'comparison.arms names {name!r}, which is no stage of recipe; did '
-            f'you mean {config_lib.nearest(name, self.recipe)!r}?')
+            f'comparison.arms names {name!r}, which no stage of recipe trains '
+            f'or merges; did you mean {config_lib.nearest(name, policies)!r}?')
 
   def plan(self) -> list[stage_list.Named]:
     """What `job` runs, in order."""
@@ -109,9 +111,9 @@ class RunConfig:
       if isinstance(stage, evals_stage.EvalsStage):
         if (name, before) in evaluated:
           continue
-        label = f'{len(evaluated)}_{before}'
-        if stage.memory is not None:
-          label += '_agent'
+        policy = tables.policy_label(
+            before, is_agent=stage.memory is not None)
+        label = f'{len(evaluated)}_{policy}'
         evaluated.add((name, before))
       elif isinstance(stage, stage_list.Training | merge_stage.MergeStage):
         before = name

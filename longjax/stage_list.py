@@ -11,12 +11,14 @@ from longjax.synthesis import stage as synth_stage
 from longjax.train import gradient_stage, merge_stage, rl_stage, sft_job
 
 Training = sft_job.PretrainStage | sft_job.SftStage | rl_stage.RlStage
+# They make a policy.
+Making = Training | merge_stage.MergeStage
 # They look at the policy so far and leave it as it is.
 Observing = (
     evals_stage.EvalsStage | selection.SelectStage
     | gradient_stage.GradientStage)
 Stage = (
-    synth_stage.SynthStage | Training | merge_stage.MergeStage | Observing)
+    synth_stage.SynthStage | Making | Observing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,14 +110,28 @@ def check_plan(plan: Sequence[Named]) -> None:
         f'optimizer.moments differ between stages ({moments}); all '
         'stages of a run share the form of their checkpoints, so set one.')
   for index, named in enumerate(plan):
+    _check_name(named, plan[:index])
     _check_policies(named, plan[:index])
     _check_examples(named, plan[:index])
 
 
+def _check_name(named: Named, before: Sequence[Named]) -> None:
+  """Refuses names that would stand for two things."""
+  if isinstance(named.stage, evals_stage.EvalsStage):
+    return  # Labelled by what they evaluate.
+  if named.name in [n.name for n in before]:
+    raise types.UserError(
+        f'recipe runs stage {named.name!r} twice; only evaluations may '
+        'recur. Configure a second stage with another name.')
+  if isinstance(named.stage, Making) and named.name == merge_stage.BASE:
+    raise types.UserError(
+        f'stages.{named.name} has the name of the model that the run begins '
+        'with; choose another one.')
+
+
 def _check_policies(named: Named, before: Sequence[Named]) -> None:
   """Refuses to begin with, or to merge, policies that are not there."""
-  makers = [n for n in before
-            if isinstance(n.stage, Training | merge_stage.MergeStage)]
+  makers = [n for n in before if isinstance(n.stage, Making)]
   policies = [merge_stage.BASE, *(n.name for n in makers)]
   if isinstance(named.stage, merge_stage.MergeStage):
     for name in named.stage.names:
@@ -125,10 +141,6 @@ def _check_policies(named: Named, before: Sequence[Named]) -> None:
             f'has only {", ".join(policies)}; name some of these.')
   if not isinstance(named.stage, Training):
     return
-  if named.name in policies:
-    raise types.UserError(
-        f'recipe runs stage {named.name!r} twice; only evaluations may '
-        'recur. Configure a second stage with another name.')
   start = named.stage.start
   if start and start not in policies:
     raise types.UserError(

@@ -20,15 +20,15 @@ from longjax.parallel import rules as rules_lib
 from longjax.reward import hybrid
 from longjax.synthesis import stage as synth_stage
 from longjax.train import (
-  gradient_stage,
-  inprocess_judge,
-  judges,
-  partial,
-  progress,
-  rl_job,
-  rl_stage,
-  run_state,
-  sft_job,
+    gradient_stage,
+    inprocess_judge,
+    judges,
+    partial,
+    progress,
+    rl_job,
+    rl_stage,
+    run_state,
+    sft_job,
 )
 from longjax.train import optimizer as optimizer_lib
 
@@ -207,16 +207,19 @@ def synthesise(
       write_once, errors=(types.UserError, run_state.Stopped))
   context.publish()
   for named in plan:
-    if isinstance(named.stage, rl_stage.RlStage) and stage_list.sources(
-        plan, named.stage.split) == [named.stage.split]:
-      num_asked, split = named.stage.num_asked, named.stage.split
+    asking = named.stage
+    if isinstance(asking, gradient_stage.GradientStage):
+      asking = asking.rl
+    if isinstance(asking, rl_stage.RlStage) and stage_list.sources(
+        plan, asking.split) == [asking.split]:
+      num_asked, split = asking.num_asked, asking.split
       num_examples = len(dataset.of_tasks(
-          dataset.read(directory, split), named.stage.tasks))
+          dataset.read(directory, split), asking.tasks))
       if num_examples < num_asked:
-        times = (f' times oversample={named.stage.oversample}'
-                 if named.stage.oversample > 1 else '')
+        times = (f' times oversample={asking.oversample}'
+                 if asking.oversample > 1 else '')
         raise types.UserError(
-            f'stages.{named.name}.num_prompts={named.stage.num_prompts}{times} '
+            f'stages.{named.name}.num_prompts={asking.num_prompts}{times} '
             f'is more than the {num_examples} examples of split {split!r}; '
             'lower it or add examples.')
 

@@ -138,7 +138,7 @@ def test_the_next_stage_finds_its_programs_compiled(tmp_path, monkeypatch):
         def counting(stage, *args, train=train, begun=begun, **kwargs):
           begun.append(len(compiled))
           done = train(stage, *args, **kwargs)
-          if stage.row_len == 384:  # Give the thread the time it needs.
+          if stage.row_len == _SFT['row_len']:  # The thread needs time.
             _wait_for_threads()
           else:
             begun.append(len(compiled))
@@ -163,7 +163,8 @@ def _wait_for_threads():
     ({'second': {'start': 'third'}, 'third': {}},
      "stages.second.start='third' is no policy that the recipe has before it"),
     ({'second': {'start': 'sft', 'optimizer': {
-        'learning_rate': 1e-3, 'reset': False}}}, 'set it to True')])
+        'learning_rate': 1e-3, 'reset': False}}}, 'set it to True'),
+    ({'base': {}}, 'has the name of the model that the run begins with')])
 def test_impossible_starts_are_refused(changes, message):
   with pytest.raises(types.UserError, match=message):
     tiny_recipe.config(stages(**changes))

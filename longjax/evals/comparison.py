@@ -53,6 +53,13 @@ class Measure:
   tasks: tuple[str, ...] = ()
   lengths: tuple[int, ...] = ()
 
+  def __post_init__(self):
+    if self.metric and (self.tasks or self.lengths or self.read != 'whole'):
+      raise types.UserError(
+          f'comparison measure {self.name!r} takes the metric {self.metric!r} '
+          'of the steps; read, tasks and lengths are of evaluations, so leave '
+          'out one or the other.')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -170,9 +177,8 @@ def section(
     body += (f'<tr><th scope="row">{page.text(row.arm)}</th>{cells}</tr>')
   drawn = [charts.figure(_curve(comparison, metrics, name))
            for name in comparison.curves]
-  drawn += [charts.figure(_by_length(comparison, evaluations, read, suffix))
-            for read, suffix in (('read as a whole', ''),
-                                 ('read by the memory agent', '_agent'))]
+  drawn += [charts.figure(_by_length(comparison, evaluations, is_agent=agent))
+            for agent in (False, True)]
   return (
       f'<p>{page.text(comparison.claim)}</p><div class="panel">'
       f'<table><thead><tr><th scope="col">arm</th>{heads}</tr></thead>'
@@ -220,18 +226,20 @@ def _taken(
     measure: Measure, metrics: Sequence[Record], stages: Sequence[str]
 ) -> float:
   """What a measure takes of a metric; NaN before the first step."""
-  values = _of_stages(metrics, stages, measure.metric)
+  values, low, high = (_of_stages(metrics, stages, name) for name in (
+      measure.metric, 'aepo/low', 'aepo/high'))
+  # Of several stages some may not have it.
+  is_known = np.isfinite(values)
+  values, low, high = values[is_known], low[is_known], high[is_known]
   if not len(values):
     return math.nan
   if measure.take in ('above_band', 'in_band'):
-    high = _of_stages(metrics, stages, 'aepo/high')
     above = values > high
     if measure.take == 'above_band':
       return float(np.mean(above))
     if not above.any():
       return math.nan
     since = int(np.argmax(above))
-    low = _of_stages(metrics, stages, 'aepo/low')
     inside = (values >= _BAND_SLACK[0] * low) & (
         values <= _BAND_SLACK[1] * high)
     return float(np.mean(inside[since:]))
@@ -251,7 +259,7 @@ def _records(
     measure: Measure, evaluations: Sequence[tables.Evaluation], stage: str
 ) -> list[scores.Record]:
   """What a policy was graded for."""
-  label = stage + ('_agent' if measure.read == 'agent' else '')
+  label = tables.policy_label(stage, is_agent=measure.read == 'agent')
   return [
       r for e in evaluations if tables.label(e['name']) == label
       for r in tables.records(e)
@@ -283,8 +291,8 @@ def _curve(
 def _by_length(
     comparison: Comparison,
     evaluations: Sequence[tables.Evaluation],
-    read: str,
-    suffix: str,
+    *,
+    is_agent: bool,
 ) -> charts.Chart:
   """Scores over context length, the mean over seeds."""
   lines = []
@@ -292,7 +300,8 @@ def _by_length(
     found: dict[int, list[float]] = {}
     for stages in arm.seeds:
       for evaluation in evaluations:
-        if tables.label(evaluation['name']) == stages[-1] + suffix:
+        if tables.label(evaluation['name']) == tables.policy_label(
+            stages[-1], is_agent=is_agent):
           for length, made in evaluation['by_length'].items():
             found.setdefault(int(length), []).append(made['reward'])
     lengths = sorted(found)
@@ -300,5 +309,6 @@ def _by_length(
         name=arm.name, color=color % 7, x=lengths,
         y=[float(np.mean(found[n])) for n in lengths]))
   return charts.Chart(
-      title=f'Held-out reward, {read}', unit='mean over seeds', lines=lines,
-      x_label='context up to, tokens', is_x_log=True, y_min=0.0)
+      title='Held-out reward, read '
+      + ('by the memory agent' if is_agent else 'as a whole'),
+      unit='mean over seeds', lines=lines, x_label='context up to, tokens', is_x_log=True, y_min=0.0)

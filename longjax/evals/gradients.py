@@ -54,8 +54,8 @@ def section(workdir: pathlib.Path) -> str:
     return ''
   body, lines = '', []
   for color, (name, content) in enumerate(found.items()):
-    failed = [r for r in content['responses'] if r['advantage'] < 0]
-    others = [r for r in content['responses'] if r['advantage'] >= 0]
+    failed = [r for r in content['responses'] if r['is_failed']]
+    others = [r for r in content['responses'] if not r['is_failed']]
     exact = [r for r in failed if r['parameter_norm'] is not None]
     cells = (
         f'{len(failed):,}', _rho(failed, 'logit_norm'),

@@ -18,12 +18,12 @@ import rich.table
 from longjax import config as config_lib
 from longjax.data import records
 from longjax.evals import (
-  bootstrap,
-  comparison,
-  curves,
-  runner,
-  scores,
-  tables,
+    bootstrap,
+    comparison,
+    curves,
+    runner,
+    scores,
+    tables,
 )
 
 # Enough for five evaluations; a log file has no edge.

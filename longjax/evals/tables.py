@@ -20,6 +20,11 @@ def label(name: str) -> str:
   return rest if separator and number.isdecimal() else name
 
 
+def policy_label(policy: str, *, is_agent: bool) -> str:
+  """`label` of an evaluation of a policy, by how documents are read."""
+  return f'{policy}_agent' if is_agent else policy
+
+
 def by_mode(
     evaluations: Sequence[Evaluation],
 ) -> list[tuple[str, list[Evaluation]]]:

@@ -56,10 +56,12 @@ def compiling(
   thread.start()
   try:
     yield
+    # The program in work is finished: the next stage waits for it anyhow. A
+    # run that is stopped does not, it has little time left.
+    is_over.set()
+    thread.join()
   finally:
     is_over.set()
-    # The program in work is finished: the next stage waits for it anyhow.
-    thread.join()
 
 
 def _compile(

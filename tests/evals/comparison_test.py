@@ -131,3 +131,18 @@ def test_arms_without_seeds_are_refused():
     comparison.Comparison(claim='', measures=(), arms=(
         comparison.Arm(name='a', seeds=(('x',),)),
         comparison.Arm(name='b', seeds=(('y',), ('z',)))))
+
+
+def test_steps_that_lack_a_metric_are_left_out():
+  metrics = [{'step': 0, 'stage': 'b0', 'values': {'loss': 1.0}}, *METRICS]
+  for take in ('mean', 'above_band'):
+    row, _ = comparison.rows(
+        made(measure(metric='entropy', take=take)), metrics, [])
+    without, _ = comparison.rows(
+        made(measure(metric='entropy', take=take)), METRICS, [])
+    assert row.values == without.values
+
+
+def test_a_metric_is_not_read_of_an_evaluation():
+  with pytest.raises(types.UserError, match='leave out one or the other'):
+    measure(metric='entropy', tasks=('mc',))
