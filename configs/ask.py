@@ -15,9 +15,11 @@ next one is read. --ask.KEY=VALUE is --config.KEY=VALUE.
 What fits into the window of the model (its config.json, or --ask.window) is
 read whole, what does not is read by the memory agent, part by part:
 --ask.mode=whole or memory decides otherwise. --ask.each_file reads every file
-as a document of its own. The answer goes to standard output, followed by the
-places that the memory's sentences came from; --ask.show_thinking shows what
-precedes an answer, --ask.show_memory the memory after every part.
+as a document of its own. --ask.split=model lets the model tell what a question
+asks from what it says about the form of the answer. The answer goes to standard
+output, followed by the places that the memory's sentences came from;
+--ask.show_thinking shows what precedes an answer, --ask.show_memory the memory
+after every part.
 
 Inquiries are kept in --workdir (default runs/ask), each in a folder named by
 a hash of the model, the documents, the questions and the settings. One that

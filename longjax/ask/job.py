@@ -81,7 +81,7 @@ def run(
   fitting, long = _split(config, asked, tokenizer, window)
   if long:
     settings.check_parts(
-        config, window, turns.lengths(agent, config.questions))
+        config, window, turns.lengths(agent, config))
   is_answered = all(one.reading.answer for one in asked)
   if is_answered:
     logging.info('Answered before, see %s', folder.path / saved.FILE)
@@ -112,7 +112,7 @@ def _agent(
   """Reads in parts as long as the window allows."""
   least = memory_lib.MemoryAgent(
       tokenizer, dataclasses.replace(config.memory, part_len=2))
-  _, longest = turns.lengths(least, config.questions)
+  _, longest = turns.lengths(least, config)
   return memory_lib.MemoryAgent(tokenizer, dataclasses.replace(
       config.memory, part_len=settings.part_len(config, window, longest - 2)))
 

@@ -46,6 +46,9 @@ class AskConfig:
       once.
     mode: 'whole' puts the documents into one prompt, 'memory' reads them part
       by part with the memory agent; 'auto' takes the first if they fit.
+    split: how a question is told from what it says about the form of the
+      answer, which the memory agent hears last: by 'rules', or by the 'model',
+      where it does so without a change of words.
     each_file: every file is a document on its own that all questions are asked
       about, else all files are read as one.
     window: tokens of prompt and response at most; 0 is what the model's
@@ -69,6 +72,7 @@ class AskConfig:
   documents: str | tuple[str, ...] = ''
   question: str | tuple[str, ...] = ''
   mode: Literal['auto', 'whole', 'memory'] = 'auto'
+  split: Literal['rules', 'model'] = 'rules'
   each_file: bool = False
   window: int = 0
   memory: memory_lib.MemoryConfig = memory_lib.MemoryConfig()

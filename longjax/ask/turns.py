@@ -15,15 +15,23 @@ from longjax import types
 from longjax.agents import memory as memory_lib
 from longjax.agents import query, rounds, sampled
 from longjax.ask import inquiry, parts, screen, settings, writing
+from longjax.data import chat
 from longjax.rollout import engine
 from longjax.train import progress
 
+# No turn of a reader; chooses the random numbers of splits.
+_SPLITTING = (1 << 32) - 1
+
 
 def lengths(
-    agent: memory_lib.MemoryAgent, questions: Sequence[str]
+    agent: memory_lib.MemoryAgent, config: settings.AskConfig
 ) -> tuple[int, int]:
   """Tokens of a prompt at most: of the last turn, and of the others."""
-  found = [agent.longest_prompts(*query.split(q)) for q in questions]
+  def split(question):  # By the model it is not known yet.
+    return (question, question) if config.split == 'model' else query.split(
+        question)
+
+  found = [agent.longest_prompts(*split(q)) for q in config.questions]
   return max(last for last, _ in found), max(other for _, other in found)
 
 
@@ -84,27 +92,46 @@ class _Reading:
         one.context: parts.Parts(
             agent, one.context.paths, num_parts=one.context.size.num_parts)
         for one in asked}
-    self.queries = [self._query(one) for one in asked]
     self.readers = [
         one.reading.reader(i) for i, one in enumerate(asked)
         if one.reading.answer is None]
     self._key = jax.random.key(config.seed)
-    self._session = model.session(
-        settings.memory_engine(
-            config, lengths(agent, config.questions),
-            part_len=agent.config.part_len, num_prompts=len(asked)),
-        config.sampler)
+    shapes = settings.memory_engine(
+        config, lengths(agent, config),
+        part_len=agent.config.part_len, num_prompts=len(asked))
+    self._session = model.session(shapes, config.sampler)
     self._write = sampled.generate(
         self._session, self._key,
         examples=[one.example() for one in asked],
         numbers=[one.seed for one in asked])
+    self.queries = [
+        rounds.Query(
+            question=question, instruction=instruction,
+            num_parts=one.context.size.num_parts,
+            parts=self._documents[one.context])
+        for one, (question, instruction) in zip(
+            asked, self._split(max(shapes.prompt_buckets)), strict=True)]
 
-  def _query(self, asked: inquiry.Asked) -> rounds.Query:
-    question, instruction = query.split(asked.question)
-    return rounds.Query(
-        question=question, instruction=instruction,
-        num_parts=asked.context.size.num_parts,
-        parts=self._documents[asked.context])
+  def _split(self, max_len: int) -> list[tuple[str, str]]:
+    """What each question asks, and in what form to answer."""
+    found = [query.split(one.question) for one in self._asked]
+    if self._config.split == 'rules' or not self.readers:
+      return found
+    tokenizer = self._model.tokenizer
+    prompts = [
+        rounds.Prompt(
+            query=i, sample=0, turn=_SPLITTING,
+            tokens=tuple(query.model_prompt(one.question, tokenizer)))
+        for i, one in enumerate(self._asked)]
+    # What the window cannot hold is left to the rules.
+    prompts = [p for p in prompts if len(p.tokens) <= max_len]
+    for prompt, response in zip(
+        prompts, self._write(prompts) if prompts else (), strict=True):
+      text = chat.response_text(
+          response.tokens, tokenizer, is_finished=response.is_finished)
+      found[prompt.query] = query.read_split(
+          text, self._asked[prompt.query].question)
+    return found
 
   def num_read(self) -> tuple[int, int]:
     """Parts read, and all parts."""

@@ -311,4 +311,5 @@ def _by_length(
   return charts.Chart(
       title='Held-out reward, read '
       + ('by the memory agent' if is_agent else 'as a whole'),
-      unit='mean over seeds', lines=lines, x_label='context up to, tokens', is_x_log=True, y_min=0.0)
+      unit='mean over seeds', lines=lines, x_label='context up to, tokens',
+      is_x_log=True, y_min=0.0)

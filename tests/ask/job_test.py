@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from longjax import command_line, types
-from longjax.agents import memory
+from longjax.agents import memory, query
 from longjax.ask import job, saved, settings
 from longjax.data import chat, prompts
 from longjax.data import tokenizer as tokenizer_lib
@@ -275,3 +275,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(runs, number, message):
   last = output(folder, number, 'err').splitlines()[-1]
   assert last.startswith('longjax: error: ') and message in last
   assert 'Traceback' not in output(folder, number, 'err')
+
+
+def test_a_model_may_split_questions_and_rules_do_where_it_fails(
+    texts, tmp_path, monkeypatch):
+  by_rules = ask(tmp_path, config(texts, mode='memory'))
+  # The small model only writes what it was trained on.
+  by_model = ask(tmp_path, config(texts, mode='memory', split='model'))
+
+  def answers(saved_inquiry):
+    return [reading['answer'] for reading in saved_inquiry['readings']]
+
+  assert answers(by_model) == answers(by_rules)
+  asked = []
+
+  def read_split(response, question):
+    asked.append((response, question))
+    return question, 'Answer in capitals.'
+
+  monkeypatch.setattr(query, 'read_split', read_split)
+  changed = ask(tmp_path, config(texts, mode='memory', split='model', seed=1))
+  assert [question for _, question in asked] == list(QUESTIONS)
+  assert all(response for response, _ in asked)
+  assert answers(changed) != answers(by_rules)
