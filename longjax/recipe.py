@@ -33,6 +33,7 @@ from longjax.train import (
     merge_stage,
     metrics,
     mirror,
+    policies,
     run_state,
 )
 from longjax.train import state as state_lib
@@ -138,8 +139,8 @@ def _run_stages(
   # Makes the parameters the next stage begins with; None if they are gone.
   params: Callable[[], types.Params] | None = functools.cache(begin.load)
   kept = stage_list.kept(plan)
-  if merge_stage.BASE in kept:
-    merge_stage.keep(merge_stage.BASE, begin.load, context, begin)
+  if policies.BASE in kept:
+    policies.keep(policies.BASE, begin.load, context, begin)
   if place is None and params:
     params()  # A damaged base model is told now, not after synthesis.
 
@@ -162,10 +163,10 @@ def _run_stages(
     elif isinstance(stage, merge_stage.MergeStage):
       with facts.timing(label):
         merge_stage.run(stage, label, context)
-      params = functools.partial(merge_stage.load, label, context)
+      params = functools.partial(policies.load, label, context)
     elif label in done:
       params = functools.partial(
-          merge_stage.load, label, context) if label in kept else None
+          policies.load, label, context) if label in kept else None
     else:
       within = stages_lib.within(stage, context)
       with facts.timing(label):
@@ -175,7 +176,7 @@ def _run_stages(
           state = None  # Two stages need not be held at once.
           if stage.start:
             params = functools.partial(
-                merge_stage.load, stage.start, context)
+                policies.load, stage.start, context)
           assert params is not None, label
           state = run_state.fresh(
               params(), stages_lib.optimizer(stage), within,
@@ -193,7 +194,7 @@ def _run_stages(
             jax.device_put, state.train.params,
             state_lib.param_shardings(context.model, context.rules))
         if label in kept:
-          merge_stage.keep(label, params, context, begin)
+          policies.keep(label, params, context, begin)
   context.checkpointer.wait()
   directory = context.workdir / MODEL_FOLDER
   if config.export and trained and params and not multihost.on_primary(

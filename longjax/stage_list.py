@@ -8,7 +8,13 @@ from longjax.agents import memory as memory_lib
 from longjax.evals import selection
 from longjax.evals import stage as evals_stage
 from longjax.synthesis import stage as synth_stage
-from longjax.train import gradient_stage, merge_stage, rl_stage, sft_job
+from longjax.train import (
+    gradient_stage,
+    merge_stage,
+    policies,
+    rl_stage,
+    sft_job,
+)
 
 Training = sft_job.PretrainStage | sft_job.SftStage | rl_stage.RlStage
 # They make a policy.
@@ -123,7 +129,7 @@ def _check_name(named: Named, before: Sequence[Named]) -> None:
     raise types.UserError(
         f'recipe runs stage {named.name!r} twice; only evaluations may '
         'recur. Configure a second stage with another name.')
-  if isinstance(named.stage, Making) and named.name == merge_stage.BASE:
+  if isinstance(named.stage, Making) and named.name == policies.BASE:
     raise types.UserError(
         f'stages.{named.name} has the name of the model that the run begins '
         'with; choose another one.')
@@ -132,20 +138,20 @@ def _check_name(named: Named, before: Sequence[Named]) -> None:
 def _check_policies(named: Named, before: Sequence[Named]) -> None:
   """Refuses to begin with, or to merge, policies that are not there."""
   makers = [n for n in before if isinstance(n.stage, Making)]
-  policies = [merge_stage.BASE, *(n.name for n in makers)]
+  there = [policies.BASE, *(n.name for n in makers)]
   if isinstance(named.stage, merge_stage.MergeStage):
     for name in named.stage.names:
-      if name not in policies:
+      if name not in there:
         raise types.UserError(
             f'stages.{named.name} merges {name!r}, but before it the recipe '
-            f'has only {", ".join(policies)}; name some of these.')
+            f'has only {", ".join(there)}; name some of these.')
   if not isinstance(named.stage, Training):
     return
   start = named.stage.start
-  if start and start not in policies:
+  if start and start not in there:
     raise types.UserError(
         f'stages.{named.name}.start={start!r} is no policy that the recipe '
-        f'has before it; use one of {", ".join(policies)}.')
+        f'has before it; use one of {", ".join(there)}.')
   if not named.stage.optimizer.reset and (
       start or not makers or not isinstance(makers[-1].stage, Training)):
     raise types.UserError(

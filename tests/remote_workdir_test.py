@@ -19,13 +19,13 @@ from longjax.evals import selection
 from longjax.model import huggingface
 from longjax.rollout import engine
 from longjax.train import (
-    checkpoint,
-    convert_job,
-    initial,
-    merge_stage,
-    mirror,
-    rl_job,
-    workdir,
+  checkpoint,
+  convert_job,
+  initial,
+  mirror,
+  policies,
+  rl_job,
+  workdir,
 )
 from tests import object_store, tiny_model, tiny_recipe
 
@@ -238,7 +238,7 @@ def test_other_processes_take_what_they_read_from_the_store(
   # The last two only the primary process reads.
   *read, _, _ = names = (
       'config.json', 'data/x/info.json',
-      f'{merge_stage.FOLDER}/rl/config.json',
+      f'{policies.FOLDER}/rl/config.json',
       f'{rl_job.PROMPT_STATS_FOLDER}/rl.jsonl',
       f'{selection.FOLDER}/harder.json', 'model/config.json', 'metrics.jsonl')
   for name in names:
