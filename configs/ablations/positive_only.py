@@ -22,9 +22,10 @@ def get_config():
       before=lambda _: dict(sft=tiny.sft(300)),
       arms={
           'all': lambda _: dict(all=_rl(enabled=False)),
-          # Any entropy is above this band.
+          # Any entropy is above this band; that it is, is checked after the
+          # baseline.
           'positive only': lambda _: dict(positive=_rl(
-              entropy_low=0.0, entropy_high=1e-9))},
+              entropy_low=0.0, entropy_high=1e-9, baseline_steps=99))},
       splits=(
           tiny.split('sft', 'train', 1000, 64, 608),
           tiny.split('rl', 'train', 200, 400, 608)),

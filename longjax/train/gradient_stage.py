@@ -98,7 +98,7 @@ def run(
       context, stage.rl, examples=examples, score=score, name=name)
   probe = _Probe(stage, context, params)
   with progress.Progress(
-      stage.rl.steps, description=name, unit='batch') as bar:
+      stage.rl.steps, description=name, unit='step') as bar:
     for number in range(stage.rl.steps):
       context.check_stop(f'during {name}')
       probe.add(job.rollout(params, number))
