@@ -52,31 +52,40 @@ def section(workdir: pathlib.Path) -> str:
       for path in sorted((workdir / FOLDER).glob('*.json'))}
   if not found:
     return ''
-  body, lines = '', []
+  body = ''
+  drawn: dict[str, list[charts.Line]] = {
+      'logit_norm': [], 'parameter_norm': []}
   for color, (name, content) in enumerate(found.items()):
     failed = [r for r in content['responses'] if r['is_failed']]
     others = [r for r in content['responses'] if not r['is_failed']]
     exact = [r for r in failed if r['parameter_norm'] is not None]
     cells = (
         f'{len(failed):,}', _rho(failed, 'logit_norm'),
-        f'{content["tokens"]:.2f}', f'{len(exact):,}',
-        _rho(exact, 'parameter_norm'), _rho(others, 'logit_norm'))
+        f'{content["tokens"]:.2f}', _rho(others, 'logit_norm'),
+        f'{len(exact):,}', _rho(exact, 'parameter_norm'))
     body += (f'<tr><th scope="row">{page.text(name)}</th>'
              + ''.join(f'<td>{c}</td>' for c in cells) + '</tr>')
-    if failed:
-      x, y = _binned(failed)
-      lines.append(charts.Line(name=name, color=color % 7, x=x, y=y))
-  heads = ('policy', 'failed responses', 'rank correlation of entropy and '
-           'logit gradient', 'of their tokens', 'with gradient of parameters',
-           'rank correlation of entropy and it', 'first one, of the others')
+    for norm, some in (('logit_norm', failed), ('parameter_norm', exact)):
+      if some:
+        x, y = _binned(some, norm)
+        drawn[norm].append(charts.Line(name=name, color=color % 7, x=x, y=y))
+  heads = ('policy', 'failed responses', 'entropy ~ logit gradient',
+           'their tokens', 'all other responses', 'failed, all parameters',
+           'entropy ~ parameter gradient')
+  figures = ''.join(
+      charts.figure(charts.Chart(
+          title=title, unit='mean norm, tenths of the failed responses',
+          lines=drawn[norm], x_label='entropy of the response, nats per token',
+          y_min=0.0))
+      for norm, title in (('logit_norm', 'Gradient of the logits'),
+                          ('parameter_norm', 'Gradient of the parameters')))
   return (
       '<div class="panel"><table><thead><tr>'
       + ''.join(f'<th scope="col">{h}</th>' for h in heads)
-      + f'</tr></thead><tbody>{body}</tbody></table></div><div class="grid2">'
-      + charts.figure(charts.Chart(
-          title='Gradient of the logits', unit='mean norm, failed responses',
-          lines=lines, x_label='entropy of the response, nats per token',
-          y_min=0.0)) + '</div>')
+      + f'</tr></thead><tbody>{body}</tbody></table>'
+      '<p class="muted small">Rank correlations (Spearman) of the mean entropy '
+      'of a response with the size of its gradient.</p></div>'
+      f'<div class="grid2">{figures}</div>')
 
 
 def _rho(responses: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -86,10 +95,10 @@ def _rho(responses: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def _binned(
-    responses: Sequence[Mapping[str, Any]],
+    responses: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[float], list[float]]:
   """Mean entropy and mean norm of tenths of the responses, by entropy."""
-  ordered = sorted((r['entropy'], r['logit_norm']) for r in responses)
+  ordered = sorted((r['entropy'], r[name]) for r in responses)
   tenths = np.array_split(np.array(ordered), min(_NUM_BINS, len(ordered)))
   return ([float(t[:, 0].mean()) for t in tenths],
           [float(t[:, 1].mean()) for t in tenths])
