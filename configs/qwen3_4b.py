@@ -13,8 +13,8 @@ Variants: stage1, stage2, stage3 and memory are one of the stages each. The
 model's own limit is 40,960 positions: all but the first need a checkpoint made
 for more, such as Qwen3-4B-Thinking-2507, of the same shape.
 
-Hardware: TPU v5p:4x4x4 (64 chips), on which the planner says each stage fits;
-docs/plans.md has its figures.
+Hardware: TPU v5p:4x4x4 (64 chips), on which the planner says stages 1 to 3 fit;
+docs/plans.md has its figures. The agent's stage has not been planned.
 Time: not run. At best, by the planner's estimate at the length caps, see
 docs/plans.md.
 Score: not run.

@@ -4,7 +4,7 @@
 
 Checks 3 and 4 of the recipe (QwenLong-L1.5, arXiv:2512.12967, Sec. 4.2-4.3).
 `dialogue` is graded by degrees, all other tasks by 0 or 1.
-Time: 15 minutes on two idle cores.
+Time: 15 minutes on two cores.
 """
 
 from configs import tiny

@@ -4,7 +4,7 @@
 
 Check 1 of the recipe (QwenLong-L1.5, arXiv:2512.12967, Sec. 4.4: Spearman
 0.96). Two seeds, each after SFT and after 40 steps of RL.
-Time: 6 minutes on two idle cores.
+Time: 6 minutes on two cores.
 """
 
 from ml_collections import config_dict

@@ -5,7 +5,7 @@
 Check 11 of the recipe (QwenLong-L1, arXiv:2505.17667, Sec. 3.2). Both arms
 choose 72 examples for the second stage by what the policy solves; one of them
 gives a quarter of the places to examples of the first stage, failures first.
-Time: 15 minutes on two idle cores.
+Time: 15 minutes on two cores beside other work.
 """
 
 from configs import tiny

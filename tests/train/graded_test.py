@@ -209,7 +209,7 @@ def test_penalties_are_shuffled_with_the_rewards_they_are_part_of():
     (dict(overlong=overlong.OverlongConfig(mode='soft', buffer_len=9)),
      'overlong.buffer_len=9 is more than sampler.max_response_len=8'),
     (dict(overlong=overlong.OverlongConfig(mode='soft', buffer_len=4),
-          memory=memory.MemoryConfig(part_len=20, memory_len=2, plan_len=2)),
+          memory=memory.MemoryConfig(part_len=8, memory_len=2, plan_len=2)),
      "rl.overlong.mode='soft' does not go with rl.memory"),
 ])
 def test_impossible_stages_are_refused(overrides, message):
