@@ -205,7 +205,7 @@ def test_stacked_parameters_are_merged_as_hugging_face_tensors(config, model):
 def test_layers_do_not_share_their_coefficients():
   base, experts = grid_models((2, 3, 8, 8))
   experts[1][0, 1] = base[0, 1] + np.float32(8.0)
-  got = merged_tree.stacked(
+  got = merge.stacked(
       base, experts, num_batch_axes=2, config=merge.MergeConfig(density=0.5))
   whole = merge.matrix(
       base, experts, config=merge.MergeConfig(density=0.5)).value

@@ -26,14 +26,14 @@ def tree(
 
   def one(layout: huggingface_layout.Layout, *leaves: np.ndarray) -> np.ndarray:
     first, *others = (np.asarray(x).transpose(layout.order) for x in leaves)
-    merged = stacked(
+    merged = _stacked(
         first, others, num_batch_axes=layout.num_stacked, config=config)
     return merged.transpose(np.argsort(layout.order))
 
   return jax.tree.map(one, huggingface_layout.layouts(model), base, *experts)
 
 
-def stacked(
+def _stacked(
     base: np.ndarray,  # f[..., matrix]
     experts: Sequence[np.ndarray],  # J of f[..., matrix]
     *,
