@@ -13,7 +13,7 @@ With deltas_j = expert_j - base, the merged matrix is
   linear  w_j given, E_j = 1: the weighted mean of the experts
 
 What is reduced over is one matrix as Hugging Face stores it: of one layer, of
-one expert of a mixture.
+one expert of a mixture. Stacked arrays are many of them.
 
 NumPy on the host: a merge goes from files to files and must not depend on what
 devices there are. Elements are float32; sums over a matrix, which may have 1e9
@@ -27,10 +27,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from longjax import types
+from longjax.model import architecture, huggingface_layout
 
 # A matrix is worked on in pieces that stay in a core's cache: what is held of
 # it beside what is given is then a mask and, to select, its variances.
@@ -152,6 +154,46 @@ def matrix(
       out[block] = change + arrays[0][block].astype(np.float32)
   return Merged(
       value=out.reshape(base.shape), coefficients=rule.coefficients)
+
+
+def stacked(
+    base: np.ndarray,  # f[..., matrix]
+    experts: Sequence[np.ndarray],  # J of f[..., matrix]
+    *,
+    num_batch_axes: int,
+    config: MergeConfig,
+) -> np.ndarray:  # f[..., matrix]
+  """Merges every matrix of an array by itself, as `matrix` does.
+
+  There is one at each index of the first `num_batch_axes` axes: of a layer, of
+  an expert of a mixture.
+  """
+  out = np.empty_like(base)
+  for index in np.ndindex(*base.shape[:num_batch_axes]):
+    out[index] = matrix(
+        base[index], [x[index] for x in experts], config=config).value
+  return out
+
+
+def tree(
+    base: types.Params,
+    experts: Sequence[types.Params],
+    model: architecture.ModelConfig,
+    *,
+    config: MergeConfig,
+) -> types.Params:
+  """Merges parameter trees as Hugging Face's tensors would be, bit for bit.
+
+  So each matrix is gone through in the order in which it is stored.
+  """
+
+  def one(layout: huggingface_layout.Layout, *leaves: np.ndarray) -> np.ndarray:
+    first, *others = (np.asarray(x).transpose(layout.order) for x in leaves)
+    merged = stacked(
+        first, others, num_batch_axes=layout.num_stacked, config=config)
+    return merged.transpose(np.argsort(layout.order))
+
+  return jax.tree.map(one, huggingface_layout.layouts(model), base, *experts)
 
 
 def _sce(arrays: Sequence[np.ndarray], config: MergeConfig) -> _Rule:

@@ -14,7 +14,7 @@ import pytest
 from longjax import types
 from longjax.model import architecture, huggingface_layout, merge
 from tests import tiny_model
-from tests.model import merged_tree, numpy_merge
+from tests.model import numpy_merge
 
 DENSITIES = (0.1, 0.5, 1.0)
 MOE = architecture.ModelConfig(
@@ -178,7 +178,7 @@ def test_stacked_parameters_are_merged_as_hugging_face_tensors(config, model):
     trees.append(jax.tree.map(
         # Coarse: what is equally large must be chosen alike.
         lambda x, y: np.float32(x + np.round(3 * y) / 64), trees[0], noise))
-  got = merged_tree.tree(trees[0], trees[1:], model, config=config)
+  got = merge.tree(trees[0], trees[1:], model, config=config)
 
   def stored(leaf, layout):
     """Its tensors, cut out one by one."""

@@ -17,7 +17,7 @@ from longjax import types
 from longjax.model import huggingface, merge, tensor_file
 from longjax.train import convert_job, merge_job
 from tests import saved_run, tiny_model, two_processes
-from tests.model import checkpoints, merged_tree
+from tests.model import checkpoints
 
 SCE = merge.MergeConfig(density=0.5)
 NAME = 'model.layers.1.mlp.up_proj.weight'
@@ -133,7 +133,7 @@ def test_checkpoints_are_merged_as_hugging_face_directories(runs, tmp_path):
   got, model = huggingface.load(tmp_path / 'out')
   jax.tree.map(
       np.testing.assert_array_equal, got,
-      merged_tree.tree(trees[0], trees[1:], model, config=SCE))
+      merge.tree(trees[0], trees[1:], model, config=SCE))
 
 
 def test_a_checkpoint_is_read_a_parameter_at_a_time(runs, tmp_path):
